@@ -1,0 +1,314 @@
+"""The nouns of a federated round and what each promises. Read this page, then ``engine/round.py``.
+
+Axis letters, the same in every docstring: ``N`` clients in the population, ``C`` clients in a cohort, ``L`` lanes (clients that run side by
+side), ``K`` local steps, ``B`` examples in a batch, ``R`` rounds, ``M`` models.
+
+Every rule is written for one client. That there are many is known to the engine alone.
+"""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxfed import part, trees
+from jaxfed.part import Part
+
+Params = Any
+"""A pytree of trained weights."""
+Stats = Any
+"""A pytree of statistics that are not trained (the means of a batch norm); ``{}`` where a model has none."""
+Batch = Any
+"""A dict of a client's rows by their own keys, ``[B, ...]`` each, and ``"mask"`` ``[B]``: False on padded rows."""
+
+
+class Broadcast(NamedTuple):
+    """What the server sends to every client of a cohort.
+
+    Attributes:
+        params: The global weights.
+        stats: The global statistics of the model.
+        aux: Auxiliary variables by ``aux_name``.
+        round: The number of the round, from 0.
+    """
+
+    params: Params
+    stats: Stats
+    aux: dict[str, Any]
+    round: jax.Array | int
+
+
+class RoundStart(NamedTuple):
+    """What a part of a client's optimizer knows when a round begins.
+
+    Attributes:
+        params: The weights that anchor the round (the broadcast ones); training may begin elsewhere.
+        stats: The statistics that were broadcast.
+        aux: The auxiliary variable sent to this part.
+        round: The number of the round, from 0.
+        key: A PRNG key that belongs to this client, round and part alone.
+        full_gradient: ``params -> gradient`` of the mean loss over all the client's rows: a pass that costs only if called.
+    """
+
+    params: Params
+    stats: Stats = ()
+    aux: Any = ()
+    round: jax.Array | int = 0
+    key: jax.Array | None = None
+    full_gradient: Callable[[Params], Params] | None = None
+
+
+class CohortInfo(NamedTuple):
+    """What the server knows of a finished round, beside the sums.
+
+    Attributes:
+        round: The number of the round, from 0.
+        population: ``N``.
+        population_weight: The sum of the aggregator's weights over the whole population.
+        clients: How many clients counted.
+        weight: The sum of their weights.
+    """
+
+    round: jax.Array | int
+    population: jax.Array | int
+    population_weight: jax.Array | float
+    clients: jax.Array | int
+    weight: jax.Array | float
+
+
+class Upload(NamedTuple):
+    """What a client sends back.
+
+    Attributes:
+        delta: ``w_start - w_end``, like ``params``: a server that takes an SGD step of rate 1 along the mean of these is FedAvg.
+        stats: The model's statistics after local training.
+        aux: Auxiliary variables by ``aux_name``.
+        metrics: Scalars: ``examples`` (rows the client holds), ``steps`` (local steps taken), ``loss`` (mean over the round's batches).
+    """
+
+    delta: Params
+    stats: Stats
+    aux: dict[str, Any]
+    metrics: dict[str, jax.Array]
+
+
+class Cohort(NamedTuple):
+    """The clients of one round.
+
+    Attributes:
+        ids: ``[C]`` client numbers, 0 to N - 1.
+        valid: ``[C]`` bool; False where there are fewer clients than C.
+        work: ``[C]`` how much of its local work each client does, as a factor of the policy's epochs or steps (1.0 is all).
+    """
+
+    ids: jax.Array
+    valid: jax.Array
+    work: jax.Array
+
+
+class RunState(NamedTuple):
+    """Everything that must survive a crash, one pytree: saving it and going on gives the run that was never interrupted.
+
+    Attributes:
+        round: Rounds done.
+        params: The global weights.
+        stats: The model's statistics.
+        server: The state of the server's optimizer.
+        aggregator: The state of the aggregator.
+        selector: The state of the client selection.
+        kept: What clients keep between rounds, ``[N, ...]``.
+        seen: ``[N]`` whether a client has taken part.
+        key: The run's root PRNG key.
+    """
+
+    round: jax.Array
+    params: Params
+    stats: Stats
+    server: Any
+    aggregator: Any
+    selector: Any
+    kept: Any
+    seen: jax.Array
+    key: jax.Array
+
+
+class OptiModule(Part, kind="module"):
+    """A step from gradients to updates, a building block of an Optimizer, and a valid optax transformation.
+
+    ``init`` and ``update`` are optax's contract. Three more methods are the client's half of a round, two the server's; their defaults
+    keep nothing and send nothing, so most modules define ``init`` and ``update`` only.
+
+    A client's module starts each round afresh unless its Optimizer says ``keep_state=True``; the server's lives as long as the run.
+    Auxiliary variables go from the server to all clients (one value for all), and come back reduced over the cohort: their leaves are
+    averaged with the aggregator's weights (``aux_reduction = "mean"``) or added up (``"sum"``); ``aux_name`` pairs the halves.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> class Sign(OptiModule):
+        ...     name = "doctest-sign"
+        ...     scale: float = part.number(default=1.0, above=0)
+        ...     def update(self, updates, state, params=None):
+        ...         return jax.tree.map(lambda g: self.scale * jnp.sign(g), updates), state
+        >>> chain = optax.chain(Sign(0.1), optax.scale(-1.0))
+        >>> weights = jnp.array([1.0, 2.0])
+        >>> updates, _ = chain.update(jnp.array([3.0, -4.0]), chain.init(weights), weights)
+        >>> print(updates)
+        [-0.1  0.1]
+    """
+
+    aux_name: ClassVar[str | None] = None
+    aux_reduction: ClassVar[str] = "sum"
+    draws_noise: ClassVar[bool] = False
+
+    def init(self, params: Params) -> Any:
+        """The state before the first step."""
+        del params
+        return ()
+
+    def update(self, updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
+        """One step: ``(updates, state) -> (updates, state)``, the same tree, shapes and dtypes."""
+        raise NotImplementedError(f"{type(self).__name__} defines no update(updates, state, params).")
+
+    def init_kept(self, params: Params, key: jax.Array) -> Any:
+        """What a client keeps before it first takes part; ``params`` are that round's global weights."""
+        del params, key
+        return ()
+
+    def start_round(self, kept: Any, start: RoundStart) -> Any:
+        """The state with which a client's round begins."""
+        del kept
+        return self.init(start.params)
+
+    def resume_round(self, state: Any, last: Any) -> Any:
+        """With ``keep_state=True``: the state to begin with, from the fresh one and the one that the last round ended with."""
+        del state
+        return last
+
+    def end_round(self, state: Any, begin: Params, end: Params) -> tuple[Any, Any]:
+        """``(kept, aux)`` after local training took the weights from ``begin`` to ``end``."""
+        del state, begin, end
+        return (), ()
+
+    def send(self, state: Any) -> Any:
+        """Server half: the auxiliary variable that goes to all clients of the coming round."""
+        del state
+        return ()
+
+    def receive(self, state: Any, aux: Any, info: CohortInfo) -> Any:
+        """Server half: the state after the cohort's reduced auxiliary variable has come back."""
+        del aux, info
+        return state
+
+
+class Regularizer(OptiModule, kind="regularizer"):
+    """An OptiModule that adds a penalty's gradient, before the modules. Its state is the anchor, set anew every round."""
+
+    def resume_round(self, state: Any, last: Any) -> Any:
+        """The fresh state: an anchor belongs to its round."""
+        del last
+        return state
+
+
+class Aggregator(Part, kind="aggregator"):
+    """How the uploads of a cohort become one pseudo-gradient: ``prepare`` at each client, a sum, ``finalize`` at the server.
+
+    ``Upload``s are never seen together, so the sum streams over lanes, devices and machines alike.
+    """
+
+    def init(self, params: Params) -> Any:
+        """The state before the first round."""
+        del params
+        return ()
+
+    def send(self, state: Any) -> Any:
+        """What ``prepare`` gets from the server."""
+        del state
+        return ()
+
+    def weigh(self, metrics: dict[str, jax.Array]) -> jax.Array:
+        """A client's weight from its metrics, a scalar that is at least 0; also averages statistics and auxiliary variables."""
+        return jnp.ones_like(metrics["examples"])
+
+    def prepare(self, upload: Upload, sent: Any) -> Any:
+        """One client's summand, a pytree."""
+        raise NotImplementedError(f"{type(self).__name__} defines no prepare(upload, sent).")
+
+    def finalize(self, total: Any, state: Any, info: CohortInfo) -> tuple[Params, Any]:
+        """The pseudo-gradient and the new state from the sum of the summands."""
+        raise NotImplementedError(f"{type(self).__name__} defines no finalize(total, state, info).")
+
+    def aggregate(self, updates: Params, weights: jax.Array) -> Params:
+        """The rule on stacked updates, without an engine.
+
+        Args:
+            updates: Like ``params`` with a leading ``[C]``.
+            weights: ``[C]`` what each client would weigh: its examples and its steps.
+
+        Returns:
+            The aggregate, like ``params``.
+
+        Raises:
+            ValueError: If a leaf and the weights differ in their leading axis.
+        """
+        leaves, weights = jax.tree.leaves(updates), jnp.asarray(weights)
+        if weights.ndim != 1 or any(jnp.shape(leaf)[:1] != weights.shape for leaf in leaves):
+            got = [jnp.shape(leaf) for leaf in leaves]
+            raise ValueError(f"aggregate: expected weights [C] and leaves [C, ...], got weights {weights.shape}, leaves {got}.")
+        weights = trees.widen(jnp.asarray(weights, jnp.result_type(weights, jnp.float32)))
+        metrics = {"examples": weights, "steps": weights, "loss": jnp.ones_like(weights)}
+        sent = self.send(self.init(jax.tree.map(lambda x: x[0], updates)))
+        summands = jax.vmap(lambda d, m: self.prepare(Upload(d, (), {}, m), sent))(updates, metrics)
+        weight = jax.vmap(self.weigh)(metrics).sum()
+        clients = len(weights)
+        info = CohortInfo(0, clients, weight, clients, weight)
+        total = jax.tree.map(lambda x: x.sum(0, dtype=x.dtype), trees.widen(summands))
+        one = jax.tree.map(lambda x: x[0], updates)
+        return trees.cast_like(self.finalize(total, self.init(one), info)[0], one)
+
+
+class Selector(Part, kind="selector"):
+    """Which clients take part in a round. ``init(population)``, ``select``, ``observe``."""
+
+    def init(self, population: int) -> Any:
+        """The state before the first round."""
+        del population
+        return ()
+
+    def select(self, state: Any, key: jax.Array, round: jax.Array, population: int) -> Cohort:
+        """The cohort of a round."""
+        raise NotImplementedError(f"{type(self).__name__} defines no select(state, key, round, population).")
+
+    def observe(self, state: Any, cohort: Cohort, metrics: dict[str, jax.Array]) -> Any:
+        """The state after the round, from the cohort's metrics ``[C]``."""
+        del cohort, metrics
+        return state
+
+
+class ClientUpdate(Part, kind="client"):
+    """What a client does with a broadcast, written for one client: ``(start, kept, batches) -> (Upload, kept)``."""
+
+    def init_kept(self, params: Params, key: jax.Array) -> Any:
+        """What a client keeps before it first takes part."""
+        del params, key
+        return ()
+
+    def run(self, start: Broadcast, kept: Any, batches: Any, key: jax.Array) -> tuple[Upload, Any]:
+        """A client's round."""
+        raise NotImplementedError(f"{type(self).__name__} defines no run(start, kept, batches, key).")
+
+
+class Model(Part, register=False):
+    """A model as pure functions.
+
+    Attributes:
+        init: ``key -> (params, stats)``.
+        loss: ``(params, stats, batch, key) -> (values [B], stats)``; a ``key`` of None is evaluation.
+        predict: ``(params, stats, batch) -> outputs [B, ...]``.
+        metrics: ``(params, stats, batch) -> {name: values [B]}``, what evaluation averages; at least ``"loss"``.
+    """
+
+    init: Callable = part.function()
+    loss: Callable = part.function()
+    predict: Callable = part.function()
+    metrics: Callable = part.function()
