@@ -1,0 +1,37 @@
+"""Data of many clients: the container, the ways to deal examples over clients, data sets by name.
+
+``jaxfed.data.partition`` is the module; its function of that name looks a partition up: ``partition.partition("iid", ...)``.
+"""
+
+from jaxfed.data.datasets import DATASETS, digits, load, npz, npz_arrays, synthetic
+from jaxfed.data.federated import FederatedData
+from jaxfed.data.partition import (
+    PARTITIONS,
+    dirichlet_by_client,
+    dirichlet_by_label,
+    iid,
+    lognormal_sizes,
+    natural,
+    pathological,
+    quantity_skew,
+    shards,
+)
+
+__all__ = [
+    "DATASETS",
+    "PARTITIONS",
+    "FederatedData",
+    "digits",
+    "dirichlet_by_client",
+    "dirichlet_by_label",
+    "iid",
+    "load",
+    "lognormal_sizes",
+    "natural",
+    "npz",
+    "npz_arrays",
+    "pathological",
+    "quantity_skew",
+    "shards",
+    "synthetic",
+]
