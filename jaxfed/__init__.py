@@ -1,0 +1,49 @@
+"""jaxfed: a compiled JAX optimizer core for federated learning.
+
+The names below come in the order of a round. Importing this loads neither flax nor orbax: models are in ``jaxfed.models``, files and the
+command in ``jaxfed.run``.
+"""
+
+from jaxfed.algorithms import (
+    adaalter,
+    build_recipe,
+    fedadagrad,
+    fedadam,
+    fedavg,
+    fedavgm,
+    fedprox,
+    fedyogi,
+    scaffold,
+)
+from jaxfed.base import (
+    Aggregator,
+    Broadcast,
+    ClientUpdate,
+    Cohort,
+    CohortInfo,
+    Model,
+    OptiModule,
+    Regularizer,
+    RoundStart,
+    RunState,
+    Selector,
+    Upload,
+)
+from jaxfed.client.batches import ClientRows, Epochs, Poisson, Steps
+from jaxfed.client.gradients import MeanGradient
+from jaxfed.client.local import LocalTraining
+from jaxfed.data.federated import FederatedData
+from jaxfed.engine.algorithm import Algorithm
+from jaxfed.optimizer.adaptive import Adagrad, Adam, RMSProp, Yogi
+from jaxfed.optimizer.clipping import L2Clipping, L2GlobalClipping
+from jaxfed.optimizer.foreign import FromOptax
+from jaxfed.optimizer.momentum import EWMA, Momentum, YogiMomentum
+from jaxfed.optimizer.noise import GaussianNoise, LaplaceNoise
+from jaxfed.optimizer.optimizer import Optimizer, list_optim_modules, list_optim_regularizers, list_rate_schedulers
+from jaxfed.optimizer.paired import AdaAlterClient, AdaAlterServer, ScaffoldClient, ScaffoldServer
+from jaxfed.optimizer.regularizers import FedProx, Lasso, Ridge
+from jaxfed.part import Part, count, number, size, static
+from jaxfed.reports import Evaluation, History, RoundReport
+from jaxfed.server.aggregators import GradientMaskedMean, Mean, Sum, list_aggregators
+from jaxfed.server.selection import Everyone, Uniform
+from jaxfed.simulation import Simulation

@@ -6,7 +6,7 @@ side), ``K`` local steps, ``B`` examples in a batch, ``R`` rounds, ``M`` models.
 Every rule is written for one client. That there are many is known to the engine alone.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -141,7 +141,8 @@ class OptiModule(Part, kind="module"):
 
     A client's module starts each round afresh unless its Optimizer says ``keep_state=True``; the server's lives as long as the run.
     Auxiliary variables go from the server to all clients (one value for all), and come back reduced over the cohort: their leaves are
-    averaged with the aggregator's weights (``aux_reduction = "mean"``) or added up (``"sum"``); ``aux_name`` pairs the halves.
+    averaged with the aggregator's weights (``aux_reduction = "mean"``) or added up (``"sum"``), or as a dict says for each of its keys;
+    ``aux_name`` pairs the halves.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -158,8 +159,12 @@ class OptiModule(Part, kind="module"):
     """
 
     aux_name: ClassVar[str | None] = None
-    aux_reduction: ClassVar[str] = "sum"
-    draws_noise: ClassVar[bool] = False
+    aux_reduction: ClassVar[str | Mapping[str, str]] = "sum"
+
+    @property
+    def carries_on(self) -> bool:
+        """Whether an Optimizer with ``keep_state=True`` begins a client's round with the state that the last one ended with."""
+        return True
 
     def init(self, params: Params) -> Any:
         """The state before the first step."""
@@ -180,15 +185,15 @@ class OptiModule(Part, kind="module"):
         del kept
         return self.init(start.params)
 
-    def resume_round(self, state: Any, last: Any) -> Any:
-        """With ``keep_state=True``: the state to begin with, from the fresh one and the one that the last round ended with."""
-        del state
-        return last
-
     def end_round(self, state: Any, begin: Params, end: Params) -> tuple[Any, Any]:
         """``(kept, aux)`` after local training took the weights from ``begin`` to ``end``."""
         del state, begin, end
         return (), ()
+
+    def advice(self, optimizer: Any) -> str:
+        """A warning for a client's Optimizer in which this module does not do what it promises; empty if all is well."""
+        del optimizer
+        return ""
 
     def send(self, state: Any) -> Any:
         """Server half: the auxiliary variable that goes to all clients of the coming round."""
@@ -204,10 +209,10 @@ class OptiModule(Part, kind="module"):
 class Regularizer(OptiModule, kind="regularizer"):
     """An OptiModule that adds a penalty's gradient, before the modules. Its state is the anchor, set anew every round."""
 
-    def resume_round(self, state: Any, last: Any) -> Any:
-        """The fresh state: an anchor belongs to its round."""
-        del last
-        return state
+    @property
+    def carries_on(self) -> bool:
+        """False: an anchor belongs to its round."""
+        return False
 
 
 class Aggregator(Part, kind="aggregator"):
@@ -275,6 +280,10 @@ class Selector(Part, kind="selector"):
         del population
         return ()
 
+    def cohort_size(self, population: int) -> int:
+        """``C``, the same in every round; raises ValueError if the population is too small."""
+        raise NotImplementedError(f"{type(self).__name__} defines no cohort_size(population).")
+
     def select(self, state: Any, key: jax.Array, round: jax.Array, population: int) -> Cohort:
         """The cohort of a round."""
         raise NotImplementedError(f"{type(self).__name__} defines no select(state, key, round, population).")
@@ -286,16 +295,30 @@ class Selector(Part, kind="selector"):
 
 
 class ClientUpdate(Part, kind="client"):
-    """What a client does with a broadcast, written for one client: ``(start, kept, batches) -> (Upload, kept)``."""
+    """What a client does with a broadcast, written for one client: ``(broadcast, kept, rows, key) -> (Upload, kept)``."""
+
+    @property
+    def optimizers(self) -> tuple[Any, ...]:
+        """All Optimizers of the client, whose auxiliary variables must find their other half at the server."""
+        return ()
+
+    @property
+    def aux_reductions(self) -> dict[str, Any]:
+        """How each auxiliary variable of the upload is reduced over clients."""
+        return {name: how for optimizer in self.optimizers for name, how in optimizer.aux_reductions.items()}
+
+    def num_steps(self, sizes: jax.Array, work: jax.Array, capacity: int) -> jax.Array:
+        """Local steps of clients with ``sizes`` rows that do ``work`` of their work; ``capacity`` is the largest client's rows."""
+        raise NotImplementedError(f"{type(self).__name__} defines no num_steps(sizes, work, capacity).")
 
     def init_kept(self, params: Params, key: jax.Array) -> Any:
         """What a client keeps before it first takes part."""
         del params, key
         return ()
 
-    def run(self, start: Broadcast, kept: Any, batches: Any, key: jax.Array) -> tuple[Upload, Any]:
-        """A client's round."""
-        raise NotImplementedError(f"{type(self).__name__} defines no run(start, kept, batches, key).")
+    def run(self, start: Broadcast, kept: Any, rows: Any, key: jax.Array) -> tuple[Upload, Any]:
+        """A client's round over its rows, a :class:`~jaxfed.client.batches.ClientRows`."""
+        raise NotImplementedError(f"{type(self).__name__} defines no run(start, kept, rows, key).")
 
 
 class Model(Part, register=False):

@@ -25,8 +25,12 @@ _KINDS: dict[str, type["Part"]] = {}
 Convert = Callable[[str, Any], Any]
 
 
-def _field(convert: Convert, default: Any, is_static: bool = False) -> Any:
-    return dataclasses.field(default=default, metadata={"convert": convert, "static": is_static})
+def field(convert: Convert, default: Any = dataclasses.MISSING, is_static: bool = False) -> Any:
+    """A field with a rule of its own: ``convert(where, value)`` checks a value and returns what is stored."""
+    metadata = {"convert": convert, "static": is_static}
+    if isinstance(default, Part):  # immutable, but unhashable, which dataclasses take for mutable
+        return dataclasses.field(default_factory=lambda: default, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def number(
@@ -39,13 +43,13 @@ def number(
 ) -> Any:
     """A field that holds a number: a leaf, checked against the bounds."""
     bounds = checks.Bounds(at_least, above, at_most, below)
-    return _field(lambda where, value: checks.number(where, value, bounds), default)
+    return field(lambda where, value: checks.number(where, value, bounds), default)
 
 
 def count(*, default: Any = dataclasses.MISSING, at_least: int = 0) -> Any:
     """A field that holds an integer which sizes no array (local steps, epochs): a leaf."""
     bounds = checks.Bounds(at_least=at_least)
-    return _field(lambda where, value: checks.count(where, value, bounds), default)
+    return field(lambda where, value: checks.count(where, value, bounds), default)
 
 
 def static(*, default: Any = dataclasses.MISSING, choices: tuple[Any, ...] | None = None) -> Any:
@@ -55,7 +59,7 @@ def static(*, default: Any = dataclasses.MISSING, choices: tuple[Any, ...] | Non
         value = _as_static(where, value)
         return value if choices is None else checks.choice(where, value, choices)
 
-    return _field(convert, default, is_static=True)
+    return field(convert, default, is_static=True)
 
 
 def size(*, default: Any = dataclasses.MISSING, at_least: int = 1, optional: bool = False) -> Any:
@@ -65,12 +69,12 @@ def size(*, default: Any = dataclasses.MISSING, at_least: int = 1, optional: boo
     def convert(where: str, value: Any) -> Any:
         return None if optional and value is None else int(checks.count(where, value, bounds))
 
-    return _field(convert, default, is_static=True)
+    return field(convert, default, is_static=True)
 
 
 def part(kind: str, *, default: Any = dataclasses.MISSING, wrap: Callable | None = None) -> Any:
     """A field that holds one Part of a kind, given as an instance, a name or ``(name, {hyper-parameters})``."""
-    return _field(lambda where, value: build(kind, value, where, wrap), default)
+    return field(lambda where, value: build(kind, value, where, wrap), default)
 
 
 def parts(kind: str, *, default: Any = (), wrap: Callable | None = None) -> Any:
@@ -82,12 +86,12 @@ def parts(kind: str, *, default: Any = (), wrap: Callable | None = None) -> Any:
             raise TypeError(f"{where}: expected a list of {kind}s, got {checks.describe(value)}. Put it in [ ].")
         return tuple(build(kind, item, f"{where}[{i}]", wrap) for i, item in enumerate(value))
 
-    return _field(convert, default)
+    return field(convert, default)
 
 
 def function(*, default: Any = dataclasses.MISSING) -> Any:
     """A field that holds a function: plain, or a ``jax.tree_util.Partial`` whose bound arrays are leaves."""
-    return _field(as_function, default)
+    return field(as_function, default)
 
 
 def as_function(where: str, value: Any) -> jax.tree_util.Partial:
@@ -119,7 +123,9 @@ def _as_leaf(where: str, value: Any) -> Any:
     return as_function(where, value) if callable(value) else checks.number(where, value, checks.Bounds())
 
 
-@dataclass_transform(frozen_default=True, eq_default=False, field_specifiers=(number, count, static, size, part, parts, function))
+@dataclass_transform(
+    frozen_default=True, eq_default=False, field_specifiers=(field, number, count, static, size, part, parts, function)
+)
 class Part:
     """The base of every building block. Subclasses are frozen dataclasses and pytrees without any decorator.
 
@@ -166,9 +172,9 @@ class Part:
             _register(cls)
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
-            where = f"{type(self).__name__}.{field.name}"
-            object.__setattr__(self, field.name, field.metadata["convert"](where, getattr(self, field.name)))
+        for f in dataclasses.fields(self):  # pyright: ignore[reportArgumentType]
+            where = f"{type(self).__name__}.{f.name}"
+            object.__setattr__(self, f.name, f.metadata["convert"](where, getattr(self, f.name)))
         self.check()
 
     def check(self) -> None:
@@ -200,7 +206,7 @@ class Part:
         if not isinstance(config, Mapping):
             raise TypeError(f"{cls.__name__}: expected its options by name, got {checks.describe(config)}.")
         checks.known_options(cls.name or cls.__name__, config, (*_names(cls), *cls.aliases))
-        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING]  # pyright: ignore
+        required = [f.name for f in dataclasses.fields(cls) if f.default is f.default_factory is dataclasses.MISSING]  # pyright: ignore
         given = {cls.aliases.get(key, key) for key in config}
         if missing := [name for name in required if name not in given]:
             raise ValueError(f"{cls.name or cls.__name__} needs {', '.join(missing)}.")
@@ -282,7 +288,7 @@ def _declare_fields(cls: type) -> None:
         if isinstance(default, dataclasses.Field) or "ClassVar" in str(annotation):
             continue
         is_static = annotation in (bool, str, "bool", "str")
-        setattr(cls, name, _field(_as_static if is_static else _as_leaf, default, is_static))
+        setattr(cls, name, field(_as_static if is_static else _as_leaf, default, is_static))
 
 
 def _accept_aliases(cls: type[Part]) -> None:
@@ -296,7 +302,7 @@ def _accept_aliases(cls: type[Part]) -> None:
 
 
 def _names(cls: type) -> list[str]:
-    return [field.name for field in dataclasses.fields(cls)]
+    return [f.name for f in dataclasses.fields(cls)]
 
 
 def _field_names(cls: type) -> tuple[list[str], list[str]]:

@@ -1,0 +1,95 @@
+"""Local training: from what the server sent to what the client sends back."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxfed import part, trees
+from jaxfed.base import Broadcast, ClientUpdate, Model, Params, RoundStart, Stats, Upload
+from jaxfed.client.batches import Batches, BatchPolicy, ClientRows
+from jaxfed.client.gradients import GradientRule, MeanGradient, as_model
+from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
+
+
+class LocalTraining(ClientUpdate):
+    """Local steps of an Optimizer over a client's batches, from the broadcast weights.
+
+    The model's statistics (those of a batch norm) train along and travel: the engine averages them with the aggregator's weights, and they
+    never pass the server's Optimizer; statistics of integer type stay the server's.
+
+    Args:
+        loss: A Model, or a loss ``(params, batch, key) -> values [B]`` or ``(values, {name: [B]})``.
+        optimizer: The client's Optimizer, or a learning rate for plain SGD.
+        batches: The policy: ``Epochs``, ``Steps`` or ``Poisson``.
+        gradient: From a batch to a gradient.
+    """
+
+    name = "local-training"
+    loss: Model = part.field(as_model)
+    optimizer: Optimizer = part.field(as_optimizer)
+    batches: BatchPolicy = part.part("batches")
+    gradient: GradientRule = part.part("gradient", default=MeanGradient())
+
+    @property
+    def model(self) -> Model:
+        """The model that is trained."""
+        return self.loss
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """All Optimizers of the client, whose auxiliary variables must find their other half."""
+        return (self.optimizer,)
+
+    def num_steps(self, sizes: jax.Array, work: jax.Array, capacity: int) -> jax.Array:
+        """Local steps of clients with ``sizes`` rows."""
+        return self.batches.num_steps(sizes, work, capacity)
+
+    def init_kept(self, params: Params, key: jax.Array) -> Any:
+        """What the client's Optimizer keeps."""
+        return self.optimizer.init_kept(params, key)
+
+    def run(self, start: Broadcast, kept: Any, rows: ClientRows, key: jax.Array) -> tuple[Upload, Any]:
+        """Trains from the broadcast weights and returns the upload and what is kept."""
+        optimizer_key, batch_key = jax.random.split(key)
+        batches = self.batches.of(rows, batch_key)
+
+        def full_gradient(params: Params) -> Params:
+            return mean_over_rows(self.gradient, self.loss, params, start.stats, batches, key)
+
+        begin = RoundStart(start.params, start.stats, start.aux, start.round, optimizer_key, full_gradient)
+        carry = (start.params, start.stats, self.optimizer.start_round(kept, begin), jnp.zeros(()))
+
+        def step(carry: tuple, batch: dict, key: jax.Array) -> tuple:
+            params, stats, state, total = carry
+            loss, stats, gradient = self.gradient(self.loss, params, stats, batch, key)
+            updates, state = self.optimizer.update(gradient, state, params)
+            return optax.apply_updates(params, updates), stats, state, total + loss.astype(total.dtype)
+
+        params, stats, state, total = batches.fold(step, carry)
+        kept, aux = self.optimizer.end_round(state, start.params, params)
+        delta = trees.subtract(trees.widen(start.params), trees.widen(params))
+        return Upload(delta, stats, aux, metrics_of(batches, total)), kept
+
+
+def metrics_of(batches: Batches, total_loss: jax.Array) -> dict[str, jax.Array]:
+    """The scalars that travel with every upload."""
+    return {
+        "examples": jnp.asarray(batches.rows.size, float),
+        "steps": batches.steps.astype(float),
+        "loss": total_loss / jnp.maximum(batches.steps, 1),
+    }
+
+
+def mean_over_rows(
+    gradient: GradientRule, model: Model, params: Params, stats: Stats, batches: Batches, key: jax.Array
+) -> Params:
+    """The gradient of the mean loss over all the client's rows, batch by batch in the order of the data."""
+
+    def step(total: Params, batch: dict) -> Params:
+        _, _, one = gradient(model, params, stats, batch, key)
+        return trees.add_scaled(total, batch["mask"].sum(), trees.widen(one))
+
+    total = batches.fold_all(step, trees.zeros_like(trees.widen(params)))
+    return trees.cast_like(trees.scale(1 / jnp.maximum(batches.rows.size, 1), total), params)

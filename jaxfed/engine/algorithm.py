@@ -1,0 +1,52 @@
+"""Algorithm: a choice of parts, checked when it is made."""
+
+import warnings
+from typing import Any, ClassVar
+
+from jaxfed import part
+from jaxfed.base import Aggregator, ClientUpdate
+from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
+from jaxfed.part import Part
+from jaxfed.server.aggregators import Mean
+
+
+class Algorithm(Part, kind="algorithm"):
+    """What clients do, how their uploads are added up, and the server's Optimizer.
+
+    Args:
+        client: What a client does with a broadcast.
+        server: The server's Optimizer, or its learning rate.
+        aggregator: How uploads become one pseudo-gradient.
+
+    Raises:
+        ValueError: If an auxiliary variable lacks its other half.
+
+    Warns:
+        UserWarning: For a composition that runs but does not do what its name promises.
+    """
+
+    name: ClassVar[str] = "algorithm"
+    client: ClientUpdate = part.part("client")
+    server: Optimizer = part.field(as_optimizer, default=1.0)
+    aggregator: Aggregator = part.part("aggregator", default=Mean())
+
+    def check(self) -> None:
+        """Finds halves without the other half, and compositions without a meaning."""
+        client = {m.aux_name: m for optimizer in self.client.optimizers for m in optimizer.parts if m.aux_name}
+        server = {m.aux_name: m for m in self.server.parts if m.aux_name}
+        _refuse_lone_halves("client", client, "server", server)
+        _refuse_lone_halves("server", server, "client", client)
+        for regularizer in self.server.regularizers:
+            text = "it pulls towards the weights that the round began with, which are the server's own"
+            warnings.warn(f"The server's Optimizer has the regularizer {regularizer.name!r}: {text}.", stacklevel=4)
+        for optimizer in self.client.optimizers:
+            for module in optimizer.parts:
+                if advice := module.advice(optimizer):
+                    warnings.warn(advice, stacklevel=4)
+
+
+def _refuse_lone_halves(here: str, mine: dict[str, Any], there: str, others: dict[str, Any]) -> None:
+    for name, module in mine.items():
+        if name not in others:
+            what = f"The {here} has {module.name!r}, which exchanges the auxiliary variable {name!r}"
+            raise ValueError(f"{what}, but no module of the {there} does. Give the {there}'s Optimizer its other half.")

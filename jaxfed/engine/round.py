@@ -1,0 +1,82 @@
+"""One federated round, from selection to the server's step. Read this file first; everything else is called from here."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxfed import trees
+from jaxfed.base import Broadcast, Cohort, CohortInfo, RunState, Selector
+from jaxfed.engine.algorithm import Algorithm
+from jaxfed.engine.lanes import Outcome, Tables, fold_clients
+from jaxfed.engine.population import Population
+from jaxfed.engine.sums import Summand, mean_stats, reduced_aux, summand_of
+
+# Each use of a round's randomness has a stream of its own, so that adding one leaves the others as they were.
+SELECTION, CLIENTS, SERVER = range(3)
+
+
+class RoundInfo(NamedTuple):
+    """What is only reported of a round.
+
+    Attributes:
+        round: Its number, from 0.
+        cohort: The clients ``[C]``.
+        metrics: By name, ``[C]``.
+        counts: ``[C]`` whose upload counted.
+        update_norm: The Euclidean norm of the pseudo-gradient.
+    """
+
+    round: jax.Array
+    cohort: Cohort
+    metrics: dict[str, jax.Array]
+    counts: jax.Array
+    update_norm: jax.Array
+
+
+def run_round(
+    algorithm: Algorithm, selector: Selector, population: Population, state: RunState, lanes: int
+) -> tuple[RunState, RoundInfo]:
+    """Select, broadcast, run and prepare at each client, add, finalize, receive, update, observe."""
+    key = jax.random.fold_in(state.key, state.round)
+    cohort = selector.select(state.selector, jax.random.fold_in(key, SELECTION), state.round, population.count)
+    work = jnp.where(cohort.valid, cohort.work, 0)
+    sizes = population.sizes[jnp.clip(cohort.ids, 0, population.count - 1)]
+    steps = algorithm.client.num_steps(sizes, work, population.capacity)
+
+    broadcast = Broadcast(state.params, state.stats, algorithm.server.send(state.server), state.round)
+    sent = algorithm.aggregator.send(state.aggregator)
+    client_keys = jax.random.fold_in(key, CLIENTS)
+
+    def client(id: jax.Array, valid: jax.Array, work: jax.Array, kept: Any, seen: jax.Array) -> Outcome:
+        run_key, first_key = jax.random.split(jax.random.fold_in(client_keys, id))
+        # As in a deployment, a client that is new starts from this round's weights.
+        kept = trees.select(seen, kept, algorithm.client.init_kept(state.params, first_key))
+        upload, kept = algorithm.client.run(broadcast, kept, population.client(id, work), run_key)
+        summand, counts = summand_of(algorithm, upload, sent, valid)
+        return Outcome(summand, kept, upload.metrics, counts)
+
+    tables = Tables(state.kept, state.seen)
+    total, tables, (metrics, counts) = fold_clients(client, cohort._replace(work=work), steps, tables, lanes)
+
+    state, update_norm = server_step(algorithm, population, state, total)
+    observed = selector.observe(state.selector, cohort, metrics)
+    info = RoundInfo(state.round, cohort, metrics, counts, update_norm)
+    return state._replace(round=state.round + 1, selector=observed, kept=tables.kept, seen=tables.seen), info
+
+
+def server_step(algorithm: Algorithm, population: Population, state: RunState, total: Summand) -> tuple[RunState, jax.Array]:
+    """The server's half: finalize, receive, update. A round in which nobody counted leaves everything as it was."""
+    info = CohortInfo(state.round, population.count, population.weight, total.clients, total.weight)
+    gradient, aggregator = algorithm.aggregator.finalize(total.update, state.aggregator, info)
+    norm = trees.norm(gradient)
+    gradient = trees.cast_like(gradient, state.params)
+    server = algorithm.server.receive(state.server, reduced_aux(algorithm, total), info)
+    server = algorithm.server.at_round(server, state.params, state.round)
+    updates, server = algorithm.server.update(gradient, server, state.params)
+    params = optax.apply_updates(state.params, updates)
+    new = (params, mean_stats(total, state.stats), server, aggregator)
+    old = (state.params, state.stats, state.server, state.aggregator)
+    params, stats, server, aggregator = trees.select(total.clients > 0, new, old)
+    return state._replace(params=params, stats=stats, server=server, aggregator=aggregator), norm

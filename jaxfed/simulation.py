@@ -1,0 +1,243 @@
+"""Simulation: many rounds, compiled in chunks, with evaluation in between."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxfed import checks, part, trees
+from jaxfed.base import Model, Params, RunState, Selector
+from jaxfed.data.federated import FederatedData
+from jaxfed.engine.algorithm import Algorithm
+from jaxfed.engine.evaluation import sum_metrics
+from jaxfed.engine.lanes import default_lanes
+from jaxfed.engine.population import Population, make_population
+from jaxfed.engine.round import RoundInfo, run_round
+from jaxfed.reports import Evaluation, History, RoundReport
+from jaxfed.server.selection import Everyone, Uniform
+
+_EVALUATION_ROWS = 256
+
+
+class Simulation:
+    """An algorithm on federated data.
+
+    Args:
+        algorithm: A recipe's result, or an :class:`Algorithm` of your own parts.
+        data: The clients' training data.
+        cohort_size: ``C``, clients drawn uniformly each round; None takes all of them.
+        selector: How cohorts are chosen, instead of ``cohort_size``.
+        lanes: ``L``, clients that run side by side; None chooses by the sizes of model and cohort.
+        chunk: The most rounds in one compiled call.
+
+    Raises:
+        TypeError, ValueError: For parts of the wrong type, a cohort larger than the population, or data without rows.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, jaxfed
+        >>> def loss(params, batch, key):
+        ...     return jnp.square(batch["x"] @ params - batch["y"])
+        >>> x = jax.random.normal(jax.random.key(0), (60, 2))
+        >>> data = jaxfed.FederatedData.from_arrays({"x": x, "y": x @ jnp.array([1.0, -2.0])}, [i % 6 for i in range(60)])
+        >>> simulation = Simulation(jaxfed.fedavg(loss, lrate=0.1, batch_size=5), data, cohort_size=3)
+        >>> state, history = simulation.run(simulation.init(jnp.zeros(2), key=jax.random.key(1)), rounds=20)
+        >>> print(jnp.round(state.params, 2), len(history))
+        [ 1. -2.] 20
+    """
+
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        data: FederatedData,
+        cohort_size: int | None = None,
+        *,
+        selector: Selector | None = None,
+        lanes: int | None = None,
+        chunk: int = 10,
+    ):
+        self.algorithm = checks.instance("algorithm", algorithm, Algorithm, "Use a recipe such as fedavg(...).")
+        self.data = checks.instance("data", data, FederatedData, "Use FederatedData.from_arrays(arrays, client_ids).")
+        self.selector = _selector(cohort_size, selector)
+        self.cohort_size = self.selector.cohort_size(data.num_clients)
+        at_least_one = checks.Bounds(at_least=1)
+        self._lanes = None if lanes is None else min(checks.count("lanes", lanes, at_least_one), self.cohort_size)
+        self.chunk = checks.count("chunk", chunk, at_least_one)
+        if data.num_examples == 0:
+            raise ValueError("data: expected at least one row, got none.")
+        self._population: Population | None = None
+
+    @property
+    def population(self) -> Population:
+        """The data on the device, placed there when first used."""
+        if self._population is None:
+            d = self.data
+            self._population = make_population(
+                d.arrays, d.offsets[:-1], d.sizes, self.algorithm.client, self.algorithm.aggregator
+            )
+        return self._population
+
+    @property
+    def model(self) -> Model:
+        """The model that is trained."""
+        return self.algorithm.client.model  # type: ignore[attr-defined]
+
+    def lanes(self, params: Params) -> int:
+        """``L``, as given or by default for these weights."""
+        return self._lanes or default_lanes(params, self.cohort_size)
+
+    def init(self, params: Params | None = None, *, key: jax.Array, stats: Any = None) -> RunState:
+        """The state before the first round, from given weights (which are copied) or the model's own.
+
+        Args:
+            params: The global weights; None asks the model, with ``key``.
+            key: The run's PRNG key: it decides every draw.
+            stats: The model's statistics, where ``params`` are given.
+
+        Raises:
+            TypeError: If ``key`` is not a PRNG key or the weights hold something that cannot be trained.
+        """
+        key = _typed_key(key)
+        init_key, server_key, run_key = jax.random.split(key, 3)
+        if params is None:
+            params, stats = self.model.init(init_key)
+        params, stats = trees.copy(_trainable(params)), trees.copy({} if stats is None else stats)
+        kept = jax.eval_shape(self.algorithm.client.init_kept, params, run_key)
+        count = self.data.num_clients
+        return RunState(
+            round=jnp.zeros((), jnp.int32),
+            params=params,
+            stats=stats,
+            server=self.algorithm.server.start_server(params, server_key),
+            aggregator=self.algorithm.aggregator.init(params),
+            selector=self.selector.init(count),
+            kept=jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), kept),
+            seen=jnp.zeros(count, bool),
+            key=run_key,
+        )
+
+    def run(
+        self, state: RunState, *, rounds: int, eval_every: int = 0, eval_data: FederatedData | None = None
+    ) -> tuple[RunState, History]:
+        """Runs a number of rounds.
+
+        Args:
+            state: From :meth:`init` or an earlier run; it stays valid.
+            rounds: How many more rounds.
+            eval_every: Evaluate when the number of rounds done is a multiple of this, and after the last; 0 never.
+            eval_data: What to evaluate on; None means the training data.
+
+        Returns:
+            The new state, and a report of each round.
+        """
+        history = History()
+        for state, reports in self.chunks(state, rounds=rounds, eval_every=eval_every, eval_data=eval_data):
+            history.extend(reports)
+        return state, history
+
+    def rounds(
+        self, state: RunState, *, rounds: int, eval_every: int = 0, eval_data: FederatedData | None = None
+    ) -> Iterator[tuple[RunState, RoundReport]]:
+        """Yields ``(state, report)`` after every round. The weights of earlier states stay valid, what their clients kept does not."""
+        options: dict[str, Any] = {"eval_every": eval_every, "eval_data": eval_data}
+        for state, reports in self.chunks(state, rounds=rounds, chunk=1, **options):
+            yield state, reports[0]
+
+    def chunks(
+        self,
+        state: RunState,
+        *,
+        rounds: int,
+        eval_every: int = 0,
+        eval_data: FederatedData | None = None,
+        chunk: int | None = None,
+    ) -> Iterator[tuple[RunState, list[RoundReport]]]:
+        """Yields ``(state, reports)`` after every compiled call of up to ``chunk`` rounds; arguments as in :meth:`run`."""
+        rounds = checks.count("rounds", rounds, checks.Bounds(at_least=0))
+        eval_every = checks.count("eval_every", eval_every, checks.Bounds(at_least=0))
+        state = self._check_state(state)
+        # The compiled call donates what clients keep; the caller's table stays his.
+        state = state._replace(kept=trees.copy(state.kept), seen=trees.copy(state.seen))
+        end = int(state.round) + rounds
+        while (done := int(state.round)) < end:
+            until_evaluation = eval_every - done % eval_every if eval_every else rounds
+            state, reports = self._advance(state, min(chunk or self.chunk, self.chunk, end - done, until_evaluation))
+            done = int(state.round)
+            if eval_every and (done % eval_every == 0 or done == end):
+                reports[-1].evaluation = self.evaluate(state, eval_data)
+            yield state, reports
+
+    def evaluate(self, state: RunState, data: FederatedData | None = None) -> Evaluation:
+        """The global model's metrics over all rows and by client.
+
+        Args:
+            state: Whose weights are evaluated.
+            data: What to evaluate on; None means the training data.
+        """
+        data = self.data if data is None else checks.instance("data", data, FederatedData)
+        if data.num_examples == 0:
+            raise ValueError("evaluate: expected at least one row, got none.")
+        arrays = self.population.arrays if data is self.data else {key: jnp.asarray(x) for key, x in data.arrays.items()}
+        clients = jnp.repeat(jnp.arange(data.num_clients), data.sizes, total_repeat_length=data.num_examples)
+        rows = min(_EVALUATION_ROWS, data.num_examples)
+        sums = sum_metrics(self.model, state.params, state.stats, arrays, clients, data.num_clients, rows)
+        return Evaluation.from_sums(sums, data.sizes)
+
+    def _advance(self, state: RunState, rounds: int) -> tuple[RunState, list[RoundReport]]:
+        tables = (state.kept, state.seen)
+        rest = state._replace(kept=(), seen=())  # type: ignore[arg-type]
+        lanes = self.lanes(state.params)
+        parts = (self.algorithm, self.selector, self.population)
+        state, infos = _run_rounds(parts, rest, tables, jnp.asarray(rounds, jnp.int32), chunk=self.chunk, lanes=lanes)
+        return state, RoundReport.unstack(jax.device_get(infos), rounds)
+
+    def _check_state(self, state: RunState) -> RunState:
+        checks.instance("state", state, RunState, "Make it with simulation.init(params, key=...).")
+        if state.seen.shape != (self.data.num_clients,):
+            raise ValueError(f"state: expected one of {self.data.num_clients} clients, got one of {state.seen.shape[0]}.")
+        return state
+
+
+@partial(jax.jit, static_argnames=("chunk", "lanes"), donate_argnames=("tables",))
+def _run_rounds(
+    parts: tuple, state: RunState, tables: tuple, rounds: jax.Array, *, chunk: int, lanes: int
+) -> tuple[RunState, RoundInfo]:
+    """Up to ``chunk`` rounds in one program; how many is data. Infos have a leading ``[chunk]``."""
+    state = state._replace(kept=tables[0], seen=tables[1])
+    example = jax.eval_shape(lambda s: run_round(*parts, s, lanes)[1], state)
+    infos = jax.tree.map(lambda x: jnp.zeros((chunk, *x.shape), x.dtype), example)
+
+    def body(number: jax.Array, carry: tuple[RunState, RoundInfo]) -> tuple[RunState, RoundInfo]:
+        state, infos = carry
+        state, info = run_round(*parts, state, lanes)
+        return state, jax.tree.map(lambda b, x: b.at[number].set(x), infos, info)
+
+    return jax.lax.fori_loop(0, rounds, body, (state, infos))
+
+
+def _selector(cohort_size: int | None, selector: Selector | None) -> Selector:
+    if cohort_size is not None and selector is not None:
+        raise ValueError("Expected cohort_size or selector, got both. Give the selector its size.")
+    if selector is not None:
+        return part.build("selector", selector, "selector")
+    return Everyone() if cohort_size is None else Uniform(cohort_size)
+
+
+def _typed_key(key: Any) -> jax.Array:
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim:
+        raise TypeError(f"key: expected one PRNG key, got {checks.describe(key)}. Make it with jax.random.key(seed).")
+    return key
+
+
+def _trainable(params: Params) -> Params:
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("params: expected a tree with at least one array, got none.")
+    for path, leaf in leaves:
+        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            where = f"params, leaf {checks.leaf_name(path) or '(the whole)'}"
+            raise TypeError(f"{where}: expected floating numbers, got {checks.describe(leaf)}. Statistics go into stats=.")
+        if not bool(jnp.isfinite(leaf).all()):
+            raise ValueError(f"params, leaf {checks.leaf_name(path) or '(the whole)'}: expected finite numbers, got NaN or inf.")
+    return jax.tree.map(jnp.asarray, params)
