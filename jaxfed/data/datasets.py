@@ -27,7 +27,7 @@ def digits() -> dict[str, np.ndarray]:
     {'x': ((1797, 64), 'float32'), 'y': ((1797,), 'int32')}
     """
     try:
-        from sklearn.datasets import load_digits
+        from sklearn.datasets import load_digits  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError('digits() needs scikit-learn. Install it with  pip install "jaxfed[run]"') from error
     x, y = load_digits(return_X_y=True)
