@@ -17,7 +17,7 @@ _NON_NEGATIVE = checks.Bounds(at_least=0)
 
 def rate(*, default: Any = dataclasses.MISSING, by_label: bool = True) -> Any:
     """A field that holds a rate: a number of at least 0, a schedule, or with ``by_label`` rates by label of leaf."""
-    return dataclasses.field(default=default, metadata={"convert": as_rate if by_label else _as_one_rate, "static": False})
+    return part.field(as_rate if by_label else _as_one_rate, default)
 
 
 def as_rate(where: str, value: Any) -> Any:
@@ -80,7 +80,9 @@ def rates(value: Any, step: ArrayLike, round: ArrayLike, tree: Any) -> Any:
 
 
 @dataclass_transform(
-    frozen_default=True, eq_default=False, field_specifiers=(rate, part.number, part.count, part.static, part.function)
+    frozen_default=True,
+    eq_default=False,
+    field_specifiers=(rate, part.field, part.number, part.count, part.static, part.function),
 )
 class Schedule(Part, kind="schedule"):
     """A rate as a traced function of the step and the round; also an ``optax.Schedule``.
@@ -146,7 +148,7 @@ class ByLabel(Schedule):
     A label is a leaf's name (``dense/kernel``) or a pattern over names (``*/bias``; ``*`` crosses slashes); the first label that
     fits decides. Or ``labels`` gives each leaf its label, as in ``optax.multi_transform``.
 
-    Attributes:
+    Args:
         rates: ``{label: rate}``, each a number, a schedule or its spec.
         labels: None, or a function ``params -> tree of labels`` (a prefix of the parameters' tree is enough).
 
@@ -156,7 +158,7 @@ class ByLabel(Schedule):
     """
 
     name = "by-label"
-    rates: Mapping[str, Any] = dataclasses.field(metadata={"convert": _as_rates, "static": False})
+    rates: Mapping[str, Any] = part.field(_as_rates)
     labels: Callable[[Any], Any] | None = part.static(default=None)
 
     def __call__(self, step: ArrayLike, round: ArrayLike = 0) -> Any:

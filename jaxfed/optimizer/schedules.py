@@ -10,11 +10,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxfed import part
-from jaxfed.optimizer.rates import ByLabel as ByLabel
-from jaxfed.optimizer.rates import Constant as Constant
-from jaxfed.optimizer.rates import FromSchedule as FromSchedule
 from jaxfed.optimizer.rates import Schedule, at, rate
-from jaxfed.optimizer.rates import rates as rates
 
 
 class ExponentialDecay(Schedule):
@@ -199,7 +195,7 @@ class Warmup(Schedule):
     ``step - warmup`` and ``round - rounds``. How many rounds the rise takes follows from the steps per round, which a function of
     (step, round) cannot know: give ``rounds`` if the wrapped schedule counts rounds.
 
-    Attributes:
+    Args:
         base: A number or a schedule.
         warmup: Steps of the rise.
         rounds: Rounds of the rise, for a ``base`` that counts rounds.
@@ -227,7 +223,7 @@ class WarmupRounds(Schedule):
     A wrapped schedule then sees ``round - warmup`` and ``step - steps``. Where steps count from 0 in every round, ``steps=0`` is
     right; where they go on over rounds, ``steps`` is how many the rise takes.
 
-    Attributes:
+    Args:
         base: A number or a schedule.
         warmup: Rounds of the rise.
         steps: Steps of the rise, for a ``base`` that counts steps over the whole run.
