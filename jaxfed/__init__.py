@@ -1,7 +1,7 @@
 """jaxfed: a compiled JAX optimizer core for federated learning.
 
-The names below come in the order of a round. Importing this loads neither flax nor orbax: models are in ``jaxfed.models``, files and the
-command in ``jaxfed.run``.
+The names below come in the order of a round. Importing this loads neither flax nor orbax: models are in ``jaxfed.models``, files
+and the command in ``jaxfed.run``.
 """
 
 from jaxfed.algorithms import (
@@ -47,3 +47,75 @@ from jaxfed.reports import Evaluation, History, RoundReport
 from jaxfed.server.aggregators import GradientMaskedMean, Mean, Sum, list_aggregators
 from jaxfed.server.selection import Everyone, Uniform
 from jaxfed.simulation import Simulation
+
+__all__ = [
+    "EWMA",
+    "AdaAlterClient",
+    "AdaAlterServer",
+    "Adagrad",
+    "Adam",
+    "Aggregator",
+    "Algorithm",
+    "Broadcast",
+    "ClientRows",
+    "ClientUpdate",
+    "Cohort",
+    "CohortInfo",
+    "Epochs",
+    "Evaluation",
+    "Everyone",
+    "FedProx",
+    "FederatedData",
+    "FromOptax",
+    "GaussianNoise",
+    "GradientMaskedMean",
+    "History",
+    "L2Clipping",
+    "L2GlobalClipping",
+    "LaplaceNoise",
+    "Lasso",
+    "LocalTraining",
+    "Mean",
+    "MeanGradient",
+    "Model",
+    "Momentum",
+    "OptiModule",
+    "Optimizer",
+    "Part",
+    "Poisson",
+    "RMSProp",
+    "Regularizer",
+    "Ridge",
+    "RoundReport",
+    "RoundStart",
+    "RunState",
+    "ScaffoldClient",
+    "ScaffoldServer",
+    "Selector",
+    "Simulation",
+    "Steps",
+    "Sum",
+    "Uniform",
+    "Upload",
+    "Yogi",
+    "YogiMomentum",
+    "adaalter",
+    "build_recipe",
+    "count",
+    "fedadagrad",
+    "fedadam",
+    "fedavg",
+    "fedavgm",
+    "fedprox",
+    "fedyogi",
+    "list_aggregators",
+    "list_optim_modules",
+    "list_optim_regularizers",
+    "list_rate_schedulers",
+    "number",
+    "scaffold",
+    "size",
+    "static",
+]
+
+__version__ = "0.1.0"

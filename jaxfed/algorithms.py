@@ -40,7 +40,7 @@ def fedavg(
         ValueError: If both ``epochs`` and ``steps`` are given.
 
     References:
-        McMahan et al., `Communication-Efficient Learning of Deep Networks from Decentralized Data <https://arxiv.org/abs/1602.05629>`_, 2017
+        McMahan et al., `Communication-Efficient Learning of Deep Networks <https://arxiv.org/abs/1602.05629>`_, 2017
     """
     client = LocalTraining(loss, as_optimizer("lrate", lrate), local_work(batch_size, epochs, steps))
     return Algorithm(client, as_optimizer("server_lrate", server_lrate), Mean(weights))
@@ -132,7 +132,7 @@ def scaffold(loss: Any, *, option: str = "II", denominator: str = "population", 
         **options: As in :func:`fedavg`. With ``weights="uniform"`` it is the paper's.
 
     References:
-        Karimireddy et al., `SCAFFOLD: Stochastic Controlled Averaging for Federated Learning <https://arxiv.org/abs/1910.06378>`_, 2020
+        Karimireddy et al., `SCAFFOLD: Stochastic Controlled Averaging <https://arxiv.org/abs/1910.06378>`_, 2020
     """
     return _with_pair(loss, ScaffoldClient(option), ScaffoldServer(denominator), options)
 

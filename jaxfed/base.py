@@ -1,7 +1,7 @@
 """The nouns of a federated round and what each promises. Read this page, then ``engine/round.py``.
 
-Axis letters, the same in every docstring: ``N`` clients in the population, ``C`` clients in a cohort, ``L`` lanes (clients that run side by
-side), ``K`` local steps, ``B`` examples in a batch, ``R`` rounds, ``M`` models.
+Axis letters, the same in every docstring: ``N`` clients in the population, ``C`` clients in a cohort, ``L`` lanes (clients
+that run side by side), ``K`` local steps, ``B`` examples in a batch, ``R`` rounds, ``M`` models.
 
 Every rule is written for one client. That there are many is known to the engine alone.
 """
@@ -11,6 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxfed import part, trees
 from jaxfed.part import Part
@@ -84,7 +85,7 @@ class Upload(NamedTuple):
         delta: ``w_start - w_end``, like ``params``: a server that takes an SGD step of rate 1 along the mean of these is FedAvg.
         stats: The model's statistics after local training.
         aux: Auxiliary variables by ``aux_name``.
-        metrics: Scalars: ``examples`` (rows the client holds), ``steps`` (local steps taken), ``loss`` (mean over the round's batches).
+        metrics: Scalars: ``examples`` (rows the client holds), ``steps`` (local steps taken), ``loss`` (mean over its batches).
     """
 
     delta: Params
@@ -136,13 +137,13 @@ class RunState(NamedTuple):
 class OptiModule(Part, kind="module"):
     """A step from gradients to updates, a building block of an Optimizer, and a valid optax transformation.
 
-    ``init`` and ``update`` are optax's contract. Three more methods are the client's half of a round, two the server's; their defaults
-    keep nothing and send nothing, so most modules define ``init`` and ``update`` only.
+    ``init`` and ``update`` are optax's contract. Three more methods are the client's half of a round, two the server's; their
+    defaults keep nothing and send nothing, so most modules define ``init`` and ``update`` only.
 
-    A client's module starts each round afresh unless its Optimizer says ``keep_state=True``; the server's lives as long as the run.
-    Auxiliary variables go from the server to all clients (one value for all), and come back reduced over the cohort: their leaves are
-    averaged with the aggregator's weights (``aux_reduction = "mean"``) or added up (``"sum"``), or as a dict says for each of its keys;
-    ``aux_name`` pairs the halves.
+    A client's module starts each round afresh unless its Optimizer says ``keep_state=True``; the server's lives as long as the
+    run. Auxiliary variables go from the server to all clients (one value for all), and come back reduced over the cohort: their
+    leaves are averaged with the aggregator's weights (``aux_reduction = "mean"``) or added up (``"sum"``), or as a dict says for
+    each of its keys; ``aux_name`` pairs the halves.
 
     Example:
         >>> import jax.numpy as jnp, optax
@@ -307,8 +308,8 @@ class ClientUpdate(Part, kind="client"):
         """How each auxiliary variable of the upload is reduced over clients."""
         return {name: how for optimizer in self.optimizers for name, how in optimizer.aux_reductions.items()}
 
-    def num_steps(self, sizes: jax.Array, work: jax.Array, capacity: int) -> jax.Array:
-        """Local steps of clients with ``sizes`` rows that do ``work`` of their work; ``capacity`` is the largest client's rows."""
+    def num_steps(self, sizes: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
+        """Local steps of clients with ``sizes`` rows that do ``work`` of their work; ``capacity`` is the largest size."""
         raise NotImplementedError(f"{type(self).__name__} defines no num_steps(sizes, work, capacity).")
 
     def init_kept(self, params: Params, key: jax.Array) -> Any:

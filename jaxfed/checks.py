@@ -5,11 +5,14 @@ Each check returns the value in the form that the library stores, or raises befo
 
 import difflib
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+
+T = TypeVar("T")
 
 
 class Bounds:
@@ -48,7 +51,7 @@ def number(where: str, value: Any, bounds: Bounds) -> Any:
     >>> number("Adam.beta_1", 0, Bounds(at_least=0, below=1))
     0.0
     """
-    if isinstance(value, jax.core.Tracer):
+    if is_traced(value):
         return value
     values = _real(where, value, "a number")
     if not bounds.hold(values):
@@ -64,7 +67,7 @@ def count(where: str, value: Any, bounds: Bounds) -> Any:
         TypeError: For anything that is not an integer. A whole float such as 2.0 passes.
         ValueError: For integers outside ``bounds``.
     """
-    if isinstance(value, jax.core.Tracer):
+    if is_traced(value):
         return value
     values = _real(where, value, "an integer")
     if not bounds.hold(values):
@@ -72,6 +75,11 @@ def count(where: str, value: Any, bounds: Bounds) -> Any:
     if (values != np.round(values)).any():
         raise TypeError(f"{where}: expected an integer, got {value!r}.")
     return int(values) if values.ndim == 0 else jnp.asarray(values, int)
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is known only inside a compiled program."""
+    return isinstance(value, Tracer)
 
 
 def _real(where: str, value: Any, expected: str) -> np.ndarray:
@@ -117,13 +125,11 @@ def known_options(owner: str, options: Iterable[str], accepted: Iterable[str]) -
             raise ValueError(f"{owner} has no option {option!r}.{closest(option, accepted)} It accepts: {names}.")
 
 
-def instance(where: str, value: Any, types: type | tuple[type, ...], remedy: str = "") -> Any:
-    """An instance of the given types, returned as it is; else TypeError with the remedy."""
-    if isinstance(value, types):
+def instance(where: str, value: Any, expected: type[T], remedy: str = "") -> T:
+    """An instance of a type, returned as it is; else TypeError with the remedy."""
+    if isinstance(value, expected):
         return value
-    types = types if isinstance(types, tuple) else (types,)
-    names = " or ".join(t.__name__ for t in types)
-    raise TypeError(f"{where}: expected {names}, got {describe(value)}.{' ' + remedy if remedy else ''}")
+    raise TypeError(f"{where}: expected {expected.__name__}, got {describe(value)}.{' ' + remedy if remedy else ''}")
 
 
 def same_structure(what: str, expected: Any, got: Any) -> None:

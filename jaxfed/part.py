@@ -4,8 +4,9 @@ Number hyper-parameters, rates and nested Parts are leaves, so that a changed nu
 ``vmap``ped over them. Bools, strings and whatever sizes an array are :func:`static`. The laws, each with its reason:
 
 * Unflattening runs no constructor: leaves may be tracers, None or shapes.
-* The constructor is the only door. It turns ints, NumPy and 0-d JAX numbers into Python floats (weakly typed: one trace, and the
-  dtype of the parameters is kept), lists into tuples, names into Parts, and checks values (swept arrays by element, tracers never).
+* The constructor is the only door. It turns ints, NumPy and 0-d JAX numbers into Python floats (weakly typed: one trace, and
+  the dtype of the parameters is kept), lists into tuples, names into Parts, and checks values (swept arrays by element, tracers
+  never).
 * Equality is the same treedef and equal leaves. Parts are not hashable and never static.
 * No Python ``if`` on a leaf.
 """
@@ -192,7 +193,7 @@ class Part:
         return tree == other_tree and all(np.array_equal(a, b) for a, b in zip(mine, theirs))
 
     def get_config(self) -> dict[str, Any]:
-        """The hyper-parameters as plain data (numbers, strings, lists, dicts), from which :meth:`from_config` builds an equal Part."""
+        """The hyper-parameters as plain data (numbers, strings, lists, dicts); :meth:`from_config` builds an equal Part."""
         where = type(self).__name__
         return {name: _encode(f"{where}.{name}", getattr(self, name)) for name in _names(type(self))}
 

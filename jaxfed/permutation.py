@@ -11,8 +11,8 @@ _SMALLEST_HALF = 3
 def permute(key: jax.Array, positions: jax.Array, size: jax.Array | int) -> jax.Array:
     """Where a random permutation of ``range(size)`` sends each position.
 
-    A Feistel network over the smallest even number of bits that holds ``size`` (at least six), walked until it lands inside. The cost
-    depends on the number of positions alone: 100 clients out of a million take as long as out of a thousand.
+    A Feistel network over the smallest even number of bits that holds ``size`` (at least six), walked until it lands inside. The
+    cost depends on the number of positions alone: 100 clients out of a million take as long as out of a thousand.
 
     Args:
         key: A PRNG key: it decides the permutation.

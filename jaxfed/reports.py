@@ -38,8 +38,8 @@ class Evaluation:
     def row(self) -> dict[str, float]:
         """Global means, and over clients the mean and the worst decile, as plain numbers.
 
-        The worst decile is the value that a tenth of the clients do not reach: the 90th percentile of a loss or an error, the 10th of anything
-        else.
+        The worst decile is the value that a tenth of the clients do not reach: the 90th percentile of a loss or an error, the
+        10th of anything else.
         """
         row = dict(self.metrics)
         for name, values in self.by_client.items():

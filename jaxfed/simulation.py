@@ -131,18 +131,18 @@ class Simulation:
         Returns:
             The new state, and a report of each round.
         """
-        history = History()
-        for state, reports in self.chunks(state, rounds=rounds, eval_every=eval_every, eval_data=eval_data):
+        history, last = History(), state
+        for last, reports in self.chunks(state, rounds=rounds, eval_every=eval_every, eval_data=eval_data):  # noqa: B007
             history.extend(reports)
-        return state, history
+        return last, history
 
     def rounds(
         self, state: RunState, *, rounds: int, eval_every: int = 0, eval_data: FederatedData | None = None
     ) -> Iterator[tuple[RunState, RoundReport]]:
-        """Yields ``(state, report)`` after every round. The weights of earlier states stay valid, what their clients kept does not."""
+        """Yields ``(state, report)`` after every round. Earlier states' weights stay valid, what their clients kept does not."""
         options: dict[str, Any] = {"eval_every": eval_every, "eval_data": eval_data}
-        for state, reports in self.chunks(state, rounds=rounds, chunk=1, **options):
-            yield state, reports[0]
+        for new, reports in self.chunks(state, rounds=rounds, chunk=1, **options):
+            yield new, reports[0]
 
     def chunks(
         self,
@@ -175,7 +175,7 @@ class Simulation:
             state: Whose weights are evaluated.
             data: What to evaluate on; None means the training data.
         """
-        data = self.data if data is None else checks.instance("data", data, FederatedData)
+        data = checks.instance("data", self.data if data is None else data, FederatedData)
         if data.num_examples == 0:
             raise ValueError("evaluate: expected at least one row, got none.")
         arrays = self.population.arrays if data is self.data else {key: jnp.asarray(x) for key, x in data.arrays.items()}
@@ -201,7 +201,7 @@ class Simulation:
 
 @partial(jax.jit, static_argnames=("chunk", "lanes"), donate_argnames=("tables",))
 def _run_rounds(
-    parts: tuple, state: RunState, tables: tuple, rounds: jax.Array, *, chunk: int, lanes: int
+    parts: tuple[Algorithm, Selector, Population], state: RunState, tables: tuple, rounds: jax.Array, *, chunk: int, lanes: int
 ) -> tuple[RunState, RoundInfo]:
     """Up to ``chunk`` rounds in one program; how many is data. Infos have a leading ``[chunk]``."""
     state = state._replace(kept=tables[0], seen=tables[1])

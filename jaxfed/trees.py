@@ -47,6 +47,11 @@ def scale(rate: Scalar, tree: Tree) -> Tree:
     return jax.tree.map(lambda x: cast(rate, x) * x, tree)
 
 
+def divide(tree: Tree, number: Scalar) -> Tree:
+    """``tree / number``, the number cast before dividing: an int32 count would divide in float32 even under float64."""
+    return jax.tree.map(lambda x: x / cast(number, x), tree)
+
+
 def add_scaled(left: Tree, rate: Scalar, right: Tree) -> Tree:
     """``left + rate * right``."""
     return jax.tree.map(lambda x, y: x + cast(rate, x) * y, left, right)

@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxfed import part
 from jaxfed.part import Part
@@ -52,7 +53,7 @@ class BatchPolicy(Part, kind="batches"):
         """``B``, static: the batch size, or the largest client's rows where it is None."""
         return rows.capacity if self.batch_size is None else self.batch_size
 
-    def num_steps(self, size: jax.Array, work: jax.Array, capacity: int) -> jax.Array:
+    def num_steps(self, size: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
         """Local steps of a client with ``size`` rows, an integer; 0 without rows."""
         raise NotImplementedError(f"{type(self).__name__} defines no num_steps(size, work, capacity).")
 
@@ -70,10 +71,10 @@ class _Passes(BatchPolicy, register=False):
 
     shuffle: bool = part.static(default=True)
 
-    def per_pass(self, size: jax.Array, capacity: int) -> jax.Array:
+    def per_pass(self, size: ArrayLike, capacity: int) -> jax.Array:
         """Steps of one pass: ``ceil(size / B)``."""
         width = capacity if self.batch_size is None else self.batch_size
-        return (size + width - 1) // width
+        return (jnp.asarray(size) + width - 1) // width
 
     def choose(self, key: jax.Array, step: jax.Array, rows: ClientRows) -> tuple[jax.Array, jax.Array]:
         """The step's slice of its pass's order; rows past the end repeat the last one and are masked."""
@@ -104,7 +105,7 @@ class Epochs(_Passes):
     name = "epochs"
     epochs: int = part.count(default=1, at_least=1)
 
-    def num_steps(self, size: jax.Array, work: jax.Array, capacity: int) -> jax.Array:
+    def num_steps(self, size: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
         """``epochs * work`` passes, rounded to whole steps."""
         return jnp.round(self.per_pass(size, capacity) * (self.epochs * jnp.asarray(work, jnp.float32))).astype(jnp.int32)
 
@@ -125,7 +126,7 @@ class Steps(_Passes):
     name = "steps"
     steps: int = part.count(default=1, at_least=1)
 
-    def num_steps(self, size: jax.Array, work: jax.Array, capacity: int) -> jax.Array:
+    def num_steps(self, size: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
         """``steps * work``, rounded; none without rows."""
         del capacity
         steps = jnp.round(self.steps * jnp.asarray(work, jnp.float32)).astype(jnp.int32)
@@ -147,7 +148,7 @@ class Poisson(BatchPolicy):
     steps: int = part.count(default=1, at_least=1)
     rate: float = part.number(default=0.1, above=0, at_most=1)
 
-    def num_steps(self, size: jax.Array, work: jax.Array, capacity: int) -> jax.Array:
+    def num_steps(self, size: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
         """``steps * work``, rounded; none without rows."""
         return Steps.num_steps(self, size, work, capacity)  # type: ignore[arg-type]
 

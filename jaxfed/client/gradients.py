@@ -56,7 +56,7 @@ def _no_predict(loss: Callable, params: Params, stats: Stats, batch: Batch) -> A
 
 
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
-    """The mean of ``values [B]`` where ``mask [B]``; 0 if nowhere. Other values leave through ``where``, so NaN there does no harm.
+    """The mean of ``values [B]`` where ``mask [B]``; 0 if nowhere. Others leave through ``where``: NaN there does no harm.
 
     Raises:
         ValueError: While tracing, if there is not one value per example.

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from jaxfed import part, trees
 from jaxfed.base import Broadcast, ClientUpdate, Model, Params, RoundStart, Stats, Upload
@@ -16,8 +17,8 @@ from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
 class LocalTraining(ClientUpdate):
     """Local steps of an Optimizer over a client's batches, from the broadcast weights.
 
-    The model's statistics (those of a batch norm) train along and travel: the engine averages them with the aggregator's weights, and they
-    never pass the server's Optimizer; statistics of integer type stay the server's.
+    The model's statistics (those of a batch norm) train along and travel: the engine averages them with the aggregator's weights,
+    and they never pass the server's Optimizer; statistics of integer type stay the server's.
 
     Args:
         loss: A Model, or a loss ``(params, batch, key) -> values [B]`` or ``(values, {name: [B]})``.
@@ -42,7 +43,7 @@ class LocalTraining(ClientUpdate):
         """All Optimizers of the client, whose auxiliary variables must find their other half."""
         return (self.optimizer,)
 
-    def num_steps(self, sizes: jax.Array, work: jax.Array, capacity: int) -> jax.Array:
+    def num_steps(self, sizes: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
         """Local steps of clients with ``sizes`` rows."""
         return self.batches.num_steps(sizes, work, capacity)
 
@@ -92,4 +93,4 @@ def mean_over_rows(
         return trees.add_scaled(total, batch["mask"].sum(), trees.widen(one))
 
     total = batches.fold_all(step, trees.zeros_like(trees.widen(params)))
-    return trees.cast_like(trees.scale(1 / jnp.maximum(batches.rows.size, 1), total), params)
+    return trees.cast_like(trees.divide(total, jnp.maximum(batches.rows.size, 1)), params)

@@ -41,8 +41,8 @@ def sum_metrics(
 
     def step(k: jax.Array, sums: dict[str, jax.Array]) -> dict[str, jax.Array]:
         values, mask, owner = metrics_at(k * batch_size)
-        add = lambda total, v: total.at[owner].add(jnp.where(mask, v.astype(total.dtype), 0))  # noqa: E731
-        return {name: add(sums[name], value) for name, value in values.items()}
+        kept = {name: jnp.where(mask, value.astype(sums[name].dtype), 0) for name, value in values.items()}
+        return {name: sums[name].at[owner].add(value) for name, value in kept.items()}
 
     example = jax.eval_shape(metrics_at, jnp.zeros((), jnp.int32))[0]
     zeros = {name: jnp.zeros(num_clients, jnp.promote_types(x.dtype, jnp.float32)) for name, x in example.items()}

@@ -32,8 +32,8 @@ Client = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], Outcome]
 def fold_clients(client: Client, cohort: Cohort, steps: jax.Array, tables: Tables, lanes: int) -> tuple[Any, Tables, Any]:
     """Runs every client of a cohort and adds up the summands.
 
-    Clients are sorted by their local steps, so that those of a wave end together: work grows with the examples, not with C times the longest
-    client. Each wave takes and puts back its kept rows in place.
+    Clients are sorted by their local steps, so that those of a wave end together: work grows with the examples, not with C times
+    the longest client. Each wave takes and puts back its kept rows in place.
 
     Args:
         client: What one client does.
@@ -50,7 +50,8 @@ def fold_clients(client: Client, cohort: Cohort, steps: jax.Array, tables: Table
     waves = -(-size // lanes)
     # A padding lane has the number N: its gathers are clamped, its scatters dropped, its work is none.
     padded = [_pad(x[order], waves * lanes, fill).reshape(waves, lanes) for x, fill in zip(cohort, (population, False, 0))]
-    example = jax.eval_shape(lambda: client(*(x[0, 0] for x in padded), *_gather(tables, padded[0][0, 0])))
+    ids, valid, work = (x[0, 0] for x in padded)
+    example = jax.eval_shape(lambda: client(ids, valid, work, *_gather(tables, ids)))
     outcomes = (example.metrics, example.counts)
     buffers = jax.tree.map(lambda x: jnp.zeros((waves, lanes, *x.shape), x.dtype), outcomes)
     carry = (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example.summand), tables, buffers)
@@ -73,7 +74,7 @@ def fold_clients(client: Client, cohort: Cohort, steps: jax.Array, tables: Table
 def default_lanes(params: Params, cohort_size: int) -> int:
     """A number of lanes by sizes: small models gain from running side by side, large ones fill the machine alone.
 
-    On two CPU cores logistic regression is fastest with 10, a CNN and an LSTM with 1; an accelerator takes the whole cohort up to 64.
+    On two CPU cores logistic regression is fastest with 10, a CNN and an LSTM with 1; an accelerator takes up to 64.
     """
     weights = sum(x.size for x in jax.tree.leaves(params))
     if jax.default_backend() != "cpu":

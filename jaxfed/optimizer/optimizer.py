@@ -34,11 +34,11 @@ class Optimizer(OptiModule, register=False):
 
     .. math:: w \leftarrow w - [\eta \, M_k(\ldots M_1(R_j(\ldots R_1(g, w)))) + \lambda w]
 
-    The first of a list acts first. The decay is not multiplied by the learning rate, as in declearn and unlike ``optax.adamw``; with
-    ``decay_mode="scaled"`` it is :math:`\eta \lambda w`.
+    The first of a list acts first. The decay is not multiplied by the learning rate, as in declearn and unlike ``optax.adamw``;
+    with ``decay_mode="scaled"`` it is :math:`\eta \lambda w`.
 
-    A client's state begins afresh every round and steps count from 0; with ``keep_state=True`` modules go on where they stopped when the
-    client last took part (declearn's habit), apart from those built with ``round_reset=True``.
+    A client's state begins afresh every round and steps count from 0; with ``keep_state=True`` modules go on where they stopped
+    when the client last took part (declearn's habit), apart from those built with ``round_reset=True``.
 
     Args:
         lrate: The learning rate: a number, a schedule of (step, round), an ``optax.Schedule``, or ``{label: rate}`` by leaf.
@@ -64,8 +64,8 @@ class Optimizer(OptiModule, register=False):
     aliases: ClassVar[Mapping[str, str]] = {"lr": "lrate", "decay": "w_decay", "weight_decay": "w_decay"}
     lrate: Any = rate()
     w_decay: Any = rate(default=0.0)
-    regularizers: tuple = part.parts("regularizer")
-    modules: tuple = part.parts("module", wrap=wrap_optax)
+    regularizers: tuple = part.parts("regularizer", default=())
+    modules: tuple = part.parts("module", default=(), wrap=wrap_optax)
     keep_state: bool = part.static(default=False, choices=(False, True))
     decay_mode: str = part.static(default="independent", choices=("independent", "scaled"))
 

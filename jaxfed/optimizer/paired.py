@@ -5,7 +5,7 @@ from typing import Any, ClassVar, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxfed import part, trees
+from jaxfed import checks, part, trees
 from jaxfed.base import CohortInfo, OptiModule, Params, RoundStart
 
 
@@ -36,14 +36,15 @@ class ScaffoldClient(OptiModule):
     Send         :math:`c_i^+ - c_i`, with :math:`c_i^+` the mean of the gradients seen
     ===========  =======================================================================
 
-    Option II's :math:`c_i - c + (x - y_i) / (K \eta)` is the mean of the gradients that the module saw, for plain SGD with a constant rate and the
-    module first in line; composing it otherwise warns. Option I takes the full gradient at the broadcast weights instead, one more pass.
+    Option II's :math:`c_i - c + (x - y_i) / (K \eta)` is the mean of the gradients that the module saw, for plain SGD with a
+    constant rate and the module first in line; composing it otherwise warns. Option I takes the full gradient at the broadcast
+    weights instead, one more pass.
 
     Args:
         option: ``"II"`` or ``"I"``.
 
     References:
-        Karimireddy et al., `SCAFFOLD: Stochastic Controlled Averaging for Federated Learning <https://arxiv.org/abs/1910.06378>`_, 2020
+        Karimireddy et al., `SCAFFOLD: Stochastic Controlled Averaging <https://arxiv.org/abs/1910.06378>`_, 2020
     """
 
     name = "scaffold-client"
@@ -59,7 +60,7 @@ class ScaffoldClient(OptiModule):
     def advice(self, optimizer: Any) -> str:
         """Option II needs plain SGD with a constant rate and the module first in line."""
         plain = optimizer.parts == (self,) and optimizer.w_decay == 0.0 and isinstance(optimizer.lrate, float)
-        if self.option == "I" or plain or isinstance(optimizer.lrate, jax.core.Tracer):
+        if self.option == "I" or plain or checks.is_traced(optimizer.lrate):
             return ""
         return (
             "scaffold-client (option II) is exact for plain SGD with a constant learning rate, no decay, and no other module or "
@@ -77,7 +78,7 @@ class ScaffoldClient(OptiModule):
 
     def start_round(self, kept: ScaffoldKept, start: RoundStart) -> ScaffoldState:
         """Takes the server's control variate."""
-        if self.option == "I":
+        if self.option == "I" and start.full_gradient is not None:
             return self._begin(kept, start.aux, start.params, start.full_gradient(start.params))
         return self._begin(kept, start.aux, start.params, ())
 
@@ -90,7 +91,7 @@ class ScaffoldClient(OptiModule):
     def end_round(self, state: ScaffoldState, begin: Params, end: Params) -> tuple[ScaffoldKept, dict[str, Any]]:
         """The new control variate, and its change."""
         del begin, end
-        mean = trees.scale(1 / jnp.maximum(state.steps, 1), state.total)
+        mean = trees.divide(state.total, jnp.maximum(state.steps, 1))
         seen = mean if self.option == "II" else state.control
         control = trees.select(state.steps > 0, trees.cast_like(seen, state.correction), state.kept.control)
         change = trees.subtract(control, state.kept.control)
@@ -119,14 +120,14 @@ class ScaffoldServer(OptiModule):
     Step         the pseudo-gradient as it is
     ===========  ==================================================================================
 
-    The weights are the aggregator's own (uniform in the paper): with another weighting the fixed point is another objective's optimum.
+    The weights are the aggregator's own (uniform in the paper): with others the fixed point is another objective's optimum.
 
     Args:
-        denominator: ``"population"`` divides by the weight of all N clients, as in the paper; ``"seen"`` by that of the clients heard of so
-            far, as declearn does, which overshoots while few have taken part.
+        denominator: ``"population"`` divides by the weight of all N clients, as in the paper; ``"seen"`` by that of the clients
+            heard of so far, as declearn does, which overshoots while few have taken part.
 
     References:
-        Karimireddy et al., `SCAFFOLD: Stochastic Controlled Averaging for Federated Learning <https://arxiv.org/abs/1910.06378>`_, 2020
+        Karimireddy et al., `SCAFFOLD: Stochastic Controlled Averaging <https://arxiv.org/abs/1910.06378>`_, 2020
     """
 
     name = "scaffold-server"
@@ -162,7 +163,7 @@ class ScaffoldServer(OptiModule):
         total = trees.add_scaled(state.total, info.weight, aux["change"])
         weight = state.weight + info.weight * aux["new"]
         divisor = info.population_weight if self.denominator == "population" else jnp.maximum(weight, 1e-12)
-        control = trees.cast_like(trees.scale(1 / divisor, total), state.control)
+        control = trees.cast_like(trees.divide(total, divisor), state.control)
         return ScaffoldServerState(control, total, weight)
 
 
@@ -187,7 +188,7 @@ class AdaAlterClient(OptiModule):
         eps: Stands in for the squares that are not yet in :math:`B^2`, above 0.
 
     References:
-        Xie et al., `Local AdaAlter: Communication-Efficient SGD with Adaptive Learning Rates <https://arxiv.org/abs/1911.09030>`_, 2019
+        Xie et al., `Local AdaAlter: Communication-Efficient SGD <https://arxiv.org/abs/1911.09030>`_, 2019
     """
 
     name = "adaalter-client"
@@ -240,7 +241,7 @@ class AdaAlterServer(OptiModule):
         init_v: :math:`b_0^2`, above 0.
 
     References:
-        Xie et al., `Local AdaAlter: Communication-Efficient SGD with Adaptive Learning Rates <https://arxiv.org/abs/1911.09030>`_, 2019
+        Xie et al., `Local AdaAlter: Communication-Efficient SGD <https://arxiv.org/abs/1911.09030>`_, 2019
     """
 
     name = "adaalter-server"

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxfed import part, trees
 from jaxfed.base import Aggregator, CohortInfo, Params, Upload
@@ -32,7 +33,7 @@ class Mean(WeightedAggregator):
         [2.]
 
     References:
-        McMahan et al., `Communication-Efficient Learning of Deep Networks from Decentralized Data <https://arxiv.org/abs/1602.05629>`_, 2017
+        McMahan et al., `Communication-Efficient Learning of Deep Networks <https://arxiv.org/abs/1602.05629>`_, 2017
     """
 
     name = "averaging"
@@ -106,8 +107,9 @@ class GradientMaskedMean(WeightedAggregator):
         return jax.tree.map(mask, means, signs), state
 
 
-def reciprocal(weight: jax.Array) -> jax.Array:
+def reciprocal(weight: ArrayLike) -> jax.Array:
     """``1 / weight``, and 0 for a weight of 0: a round in which nobody counted."""
+    weight = jnp.asarray(weight)
     return jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
 
 

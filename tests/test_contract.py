@@ -1,0 +1,125 @@
+"""Every registered part, one line each, keeps the laws of ``jaxfed.testing``; so does a part of a third party."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxfed
+from jaxfed import part
+from jaxfed.optimizer import schedules
+from jaxfed.testing import check_aggregator, check_config, check_module, check_schedule
+
+MODULES = {
+    "momentum": {"beta": 0.8, "nesterov": True, "round_reset": True},
+    "ewma": {"beta": 0.7},
+    "yogi-momentum": {"beta": 0.8},
+    "adagrad": {"eps": 1e-3},
+    "rmsprop": {"beta": 0.8, "eps": 1e-4},
+    "adam": {"beta_1": 0.8, "beta_2": 0.95, "amsgrad": True, "eps": 1e-3},
+    "yogi": {"beta_1": 0.8, "beta_2": 0.95, "eps": 1e-3},
+    "l2-clipping": {"max_norm": 0.5},
+    "l2-global-clipping": {"max_norm": 0.5},
+    "gaussian-noise": {"std": 0.3},
+    "laplace-noise": {"scale": 0.3},
+    "optax": {"factory": "scale_by_adam", "b1": 0.8},
+    "scaffold-client": {"option": "I"},
+    "scaffold-server": {"denominator": "seen"},
+    "adaalter-client": {"eps": 0.5},
+    "adaalter-server": {"init_v": 2.0},
+}
+REGULARIZERS = {"fedprox": {"alpha": 0.3}, "lasso": {"alpha": 0.3}, "ridge": {"alpha": 0.3}}
+AGGREGATORS = {
+    "averaging": {"by": "uniform"},
+    "sum": {},
+    "gradient-masked-averaging": {"by": "examples", "threshold": 0.4},
+}
+
+
+def own(kind: str) -> set[str]:
+    """The registered names that are the library's; tests register parts of their own."""
+    return {name for name, cls in part.registered(kind).items() if cls.__module__.startswith("jaxfed.")}
+
+
+def test_tables_hold_every_registered_part():
+    assert set(MODULES) == own("module")
+    assert set(REGULARIZERS) == own("regularizer")
+    assert set(AGGREGATORS) == own("aggregator")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module(name):
+    check_module(part.build("module", (name, MODULES[name])))
+
+
+@pytest.mark.parametrize("name", REGULARIZERS)
+def test_regularizer(name):
+    check_module(part.build("regularizer", (name, REGULARIZERS[name])))
+
+
+@pytest.mark.parametrize("name", AGGREGATORS)
+def test_aggregator(name):
+    check_aggregator(part.build("aggregator", (name, AGGREGATORS[name])))
+
+
+def test_optimizer_in_optax_chain():
+    check_config(jaxfed.Momentum(0.5))
+    optimizer = jaxfed.Optimizer(0.1, 0.01, ["fedprox"], [("adam", {"eps": 1e-3})])
+    assert jaxfed.Optimizer.from_config(optimizer.get_config()) == optimizer
+
+
+SCHEDULES = {
+    "exponential-decay": schedules.ExponentialDecay(0.1, 0.9),
+    "warmup": schedules.Warmup(("exponential-decay", {"base": 0.1, "rate": 0.5}), 3),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedule(name):
+    check_schedule(SCHEDULES[name])
+
+
+class Broken(jaxfed.OptiModule, register=False):
+    """A part that breaks one law after the other."""
+
+    law: str = jaxfed.static(default="")
+
+    def init(self, params):
+        return jnp.zeros(())
+
+    def update(self, updates, state, params=None):
+        if self.law == "dtype":
+            return jax.tree.map(lambda g: g.astype(jnp.float32) * jnp.float32(2), updates), state
+        if self.law == "state":
+            return updates, (state, state)
+        if self.law == "finite":
+            return jax.tree.map(lambda g: g / jnp.abs(g), updates), state
+        return updates, state
+
+
+class Third(jaxfed.OptiModule):
+    """A third party's part, in under ten lines."""
+
+    name = "third-party-cubic"
+    strength: float = jaxfed.number(default=0.1, at_least=0)
+
+    def update(self, updates, state, params=None):
+        return jax.tree.map(lambda g: g + self.strength * g**3, updates), state
+
+
+class Named(Broken):
+    name = "named-broken"
+
+
+def test_third_party_part():
+    check_module(Third(0.3))
+
+
+@pytest.mark.parametrize(("law", "text"), [("dtype", "dtype"), ("state", "structure"), ("finite", "finite")])
+def test_broken_laws_are_found(law, text):
+    with pytest.raises(AssertionError, match=text):
+        check_module(Named(law))
+
+
+def test_part_without_a_name_has_no_config():
+    with pytest.raises(ValueError, match="no registered name"):
+        check_module(Broken())
