@@ -62,6 +62,7 @@ def synthetic(alpha: float, beta: float, *, clients: int = 30, seed: int, iid: b
     if iid and (alpha or beta):
         raise ValueError(f"synthetic: with iid=True clients do not differ, so alpha and beta must be 0, got {alpha}, {beta}.")
     rng = np.random.RandomState(seed)
+    # Sizes are drawn first: they are the same for all alpha and beta.
     sizes = rng.lognormal(4, 2, clients).astype(int) + 50
     rows = _iid_rows(rng, sizes) if iid else _heterogeneous_rows(rng, sizes, alpha, beta)
     x, y = (np.concatenate(column) for column in zip(*rows))
@@ -208,6 +209,7 @@ def _labelled(
 def _open(path: str | Path) -> Any:
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no file {str(path)!r}. Give the path of an .npz file.")
+    # NumPy would take other files for pickles and advise to allow them.
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{str(path)!r} is no .npz file, or is cut short. Write one with numpy.savez_compressed.")
     return np.load(path, allow_pickle=False)

@@ -52,13 +52,14 @@ class FederatedData:
         names, index = np.unique(ids, return_inverse=True)
         if num_clients is not None:
             names, index = _numbered(ids, num_clients), ids.astype(np.int64)
-        order = np.argsort(index, kind="stable")
+        order = np.argsort(index, kind="stable")  # indexing copies: later changes to the caller's arrays stay outside
         offsets = _offsets(np.bincount(index, minlength=len(names)))
         return cls({key: array[order] for key, array in checked.items()}, offsets, names)
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:
         """The flat arrays by key, ``[examples, ...]`` each, not writable. The dict is a new one each time."""
+        # A dict and no read-only view of one: JAX knows dicts as pytrees.
         return dict(self._arrays)
 
     @property
@@ -200,6 +201,7 @@ class FederatedData:
         labels = labels.astype(np.int64)
         found = int(labels.max(initial=-1)) + 1
         columns = found if classes is None else scalar(checks.count, "label_counts.classes", classes, at_least=found)
+        # One count over pairs of client and label is much faster than one count per client.
         cells = self.client_of_row * columns + labels
         return np.bincount(cells, minlength=self.num_clients * columns).reshape(self.num_clients, columns)
 
@@ -267,6 +269,7 @@ def _offsets(sizes: np.ndarray) -> np.ndarray:
 
 
 def _frozen(array: np.ndarray) -> np.ndarray:
+    # The flag of a view leaves the caller's array writable.
     view = array.view()
     view.flags.writeable = False
     return view

@@ -172,6 +172,14 @@ def test_by_client_sizes_are_equal_and_labels_run_out():
     np.testing.assert_array_equal(table(LABELS, ids).sum(0), COUNTS)
 
 
+def test_no_client_always_draws_last():
+    labels = np.arange(400) % 4
+    counts = [table(labels, dirichlet_by_client(labels, clients=4, alpha=1e6, seed=s))[:, 0] for s in range(600)]
+    spread = np.std(counts, axis=0)
+    # In a fixed order the last client, which gets what is left, would spread sqrt(3) times as much as the first.
+    assert spread.max() / spread.min() < 1.3
+
+
 def test_small_alpha_is_one_label_and_large_alpha_is_iid():
     labels = np.repeat(np.arange(4), 1000)
     few, many = (table(labels, dirichlet_by_client(labels, clients=40, alpha=a, seed=0)) for a in (1e-3, 1e6))
