@@ -1,19 +1,27 @@
 """Aggregators that are sums: prepare at each client, add, finalize at the server."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxfed import part, trees
+from jaxfed import checks, part, trees
 from jaxfed.base import Aggregator, CohortInfo, Params, Upload
+
+
+def _as_weighting(where: str, value: Any) -> str:
+    value = {True: "steps", False: "uniform"}[value] if isinstance(value, bool) else value
+    return checks.choice(where, value, ("examples", "steps", "uniform"))
 
 
 class WeightedAggregator(Aggregator, register=False):
     """An aggregator whose clients weigh by their examples, their local steps, or alike."""
 
-    by: str = part.static(default="steps", choices=("examples", "steps", "uniform"))
+    # declearn's spelling: steps_weighted=True or False.
+    aliases: ClassVar[Mapping[str, str]] = {"steps_weighted": "by", "weights": "by"}
+    by: str = part.field(_as_weighting, "steps", is_static=True)
 
     def weigh(self, metrics: dict[str, jax.Array]) -> jax.Array:
         """The client's weight."""
