@@ -32,7 +32,7 @@ def correction(decay: Any, steps: Any, leaf: jax.Array) -> jax.Array:
     >>> print(correction(0.5, 2, jnp.ones(())), correction(0.0, 1, jnp.ones(())))
     0.75 1.0
     """
-    log_decay = jnp.log1p(trees.cast(decay, leaf) - 1)
+    log_decay = jnp.log1p(-trees.cast(1 - decay, leaf))
     return -jnp.expm1(trees.cast(steps, leaf) * log_decay)
 
 

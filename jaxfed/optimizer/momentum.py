@@ -28,11 +28,15 @@ def wide_zeros(params: Params) -> Params:
 
 
 def average(decay: Any, old: Params, new: Params) -> Params:
-    """``decay * old + (1 - decay) * new``; the decay is rounded to the dtype first, so that the two shares add up to 1."""
+    """``decay * old + (1 - decay) * new``, in shares that add up to 1: a mean of equal values is that value, for ever.
+
+    With 0.999 and 0.001 rounded each by itself, float32 would settle 1.3e-5 too high.
+    """
 
     def mix(x: jax.Array, y: jax.Array) -> jax.Array:
-        share = trees.cast(decay, x)
-        return share * x + (1 - share) * y
+        keep, share = trees.cast(decay, x), trees.cast(1 - decay, x)
+        rest = (1 - keep) - share
+        return keep * x + (rest * x + share * y)
 
     return jax.tree.map(mix, old, new)
 
@@ -145,6 +149,6 @@ def move_by_sign(decay: Any, old: Params, new: Params) -> Params:
     """``old - (1 - decay) * sign(old - new) * new``."""
 
     def move(x: jax.Array, y: jax.Array) -> jax.Array:
-        return x - (1 - trees.cast(decay, x)) * jnp.sign(x - y) * y
+        return x - trees.cast(1 - decay, x) * jnp.sign(x - y) * y
 
     return jax.tree.map(move, old, new)

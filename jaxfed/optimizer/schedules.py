@@ -80,7 +80,7 @@ class PolynomialDecay(Schedule):
     def __call__(self, step: ArrayLike, round: ArrayLike = 0) -> jax.Array:
         """``base * (1 - min(u / limit, 1)) ** power``."""
         left = jnp.maximum(jnp.subtract(self.limit, step if self.step_level else round), 0)
-        return self.base * jnp.power(left / self.limit, self.power)
+        return self.base * jnp.power(_divide(left, self.limit), self.power)
 
 
 class PiecewiseDecay(Schedule):
@@ -116,7 +116,7 @@ class CosineAnnealing(Schedule):
 
     def __call__(self, step: ArrayLike, round: ArrayLike = 0) -> jax.Array:
         """``base + (max_lr - base) (1 + cos(pi u / duration)) / 2``."""
-        past = jnp.minimum(jnp.divide(step if self.step_level else round, self.duration), 1.0)
+        past = jnp.minimum(_divide(step if self.step_level else round, self.duration), 1.0)
         return _cosine(self.base, self.max_lr, past)
 
 
@@ -143,7 +143,7 @@ class CosineAnnealingWarmRestarts(Schedule):
     def __call__(self, step: ArrayLike, round: ArrayLike = 0) -> jax.Array:
         """A :class:`CosineAnnealing` over the cycle that ``u`` lies in."""
         cycle, now = jnp.divmod(step if self.step_level else round, self.period)
-        return _cosine(self.base, self.max_lr * jnp.power(self.t_mult, cycle), now / self.period)
+        return _cosine(self.base, self.max_lr * jnp.power(self.t_mult, cycle), _divide(now, self.period))
 
 
 class CyclicTriangular(Schedule):
@@ -245,6 +245,11 @@ class WarmupRounds(Schedule):
         return _rise(self.base, round, self.warmup, later)
 
 
+def _divide(count: ArrayLike, by: ArrayLike) -> jax.Array:
+    """A quotient in the default float dtype; int32 over int32 would be float32 even where float64 is enabled."""
+    return jnp.asarray(count, float) / by
+
+
 def _cosine(low: Any, high: Any, past: jax.Array) -> jax.Array:
     return low + 0.5 * (high - low) * (1.0 + jnp.cos(jnp.pi * past))
 
@@ -252,7 +257,7 @@ def _cosine(low: Any, high: Any, past: jax.Array) -> jax.Array:
 def _triangle(step: ArrayLike, stepsize: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """The number of the cycle, and a height that rises from 0 to 1 and falls again."""
     cycle, now = jnp.divmod(step, jnp.multiply(2, stepsize))
-    return cycle, 1.0 - jnp.abs(now / stepsize - 1.0)
+    return cycle, 1.0 - jnp.abs(_divide(now, stepsize) - 1.0)
 
 
 def _since(count: ArrayLike, start: ArrayLike) -> jax.Array:
@@ -260,7 +265,7 @@ def _since(count: ArrayLike, start: ArrayLike) -> jax.Array:
 
 
 def _rise(base: Any, count: ArrayLike, warmup: ArrayLike, later: Any) -> jax.Array:
-    return jnp.where(jnp.less(count, warmup), _top(base) * (jnp.add(count, 1) / jnp.maximum(warmup, 1)), later)
+    return jnp.where(jnp.less(count, warmup), _top(base) * _divide(jnp.add(count, 1), jnp.maximum(warmup, 1)), later)
 
 
 def _top(base: Any) -> Any:

@@ -1,0 +1,106 @@
+"""Parity with declearn 2.9.1 in float64 and float32: step by step, jitted, vmapped and scanned."""
+
+import golden
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxfed import part
+from jaxfed.optimizer import schedules as _  # registers the schedules
+
+pytestmark = golden.needs_golden
+MODES = ("eager", "jit", "vmap", "scan")
+DTYPES = ("float64", "float32")
+
+
+def stack(trees):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *trees)
+
+
+def row(tree, i):
+    return jax.tree.map(lambda x: x[i], tree)
+
+
+def run_loop(module, gradients, weights, step):
+    state, outputs = module.init(weights[0]), []
+    for g, w in zip(gradients, weights):
+        output, state = step(module, g, state, w)
+        outputs.append(output)
+    return outputs
+
+
+def run_scan(module, gradients, weights):
+    def body(state, now):
+        output, state = module.update(now[0], state, now[1])
+        return state, output
+
+    state = jax.tree.map(jnp.asarray, module.init(weights[0]))
+    outputs = jax.lax.scan(body, state, (stack(gradients), stack(weights)))[1]
+    return [row(outputs, i) for i in range(len(gradients))]
+
+
+def run_vmap(module, gradients, weights):
+    """Two lanes, of which the first runs on other data."""
+    lanes = [stack([jax.tree.map(lambda x: x + 1, tree), tree]) for tree in (*gradients, *weights)]
+    outputs = jax.vmap(lambda g, w: run_loop(module, g, w, update))(lanes[: len(gradients)], lanes[len(gradients) :])
+    return [row(output, 1) for output in outputs]
+
+
+def update(module, g, state, w):
+    return module.update(g, state, w)
+
+
+def run(mode, module, gradients, weights):
+    if mode in ("vmap", "scan"):
+        return {"vmap": run_vmap, "scan": run_scan}[mode](module, gradients, weights)
+    return run_loop(module, gradients, weights, jax.jit(update) if mode == "jit" else update)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("record", golden.params("modules"))
+def test_module(record, mode, dtype):
+    with jax.enable_x64(dtype == "float64"):
+        module = part.build("module", (record["name"], record["config"]))
+        outputs = run(mode, module, golden.sequence("grads", dtype), golden.sequence("weights", dtype))
+        for output, expected in zip(outputs, record["outputs"], strict=True):
+            golden.assert_close(output, expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("record", golden.params("regularizers"))
+def test_regularizer(record, mode, dtype):
+    """A new round begins at the recorded steps, and with it a new anchor."""
+    with jax.enable_x64(dtype == "float64"):
+        regularizer = part.build("regularizer", (record["name"], {"alpha": record["alpha"]}))
+        gradients, weights = golden.sequence("grads", dtype), golden.sequence("weights", dtype)
+        starts = [*record["on_round_start_before_steps"], len(gradients)]
+        rounds = [run(mode, regularizer, gradients[a:b], weights[a:b]) for a, b in zip(starts, starts[1:])]
+        for output, expected in zip(sum(rounds, []), record["outputs"], strict=True):
+            golden.assert_close(output, expected, dtype)
+
+
+def values_at(mode, schedule, steps, rounds):
+    """The rates at pairs of counts."""
+    if mode == "vmap":
+        return jax.vmap(schedule)(steps, rounds)
+    if mode == "scan":
+        return jax.lax.scan(lambda carry, now: (carry, schedule(*now)), 0, (steps, rounds))[1]
+    call = jax.jit(lambda schedule, step, round: schedule(step, round)) if mode == "jit" else lambda s, *now: s(*now)
+    return [call(schedule, step, round) for step, round in zip(steps, rounds)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("record", golden.params("schedulers"))
+def test_schedule(record, mode, dtype):
+    """Six rounds of four steps, which count on over rounds."""
+    with jax.enable_x64(dtype == "float64"):
+        schedule = part.build("schedule", (record["name"], record["config"]))
+        expected = np.array(record["rounds_x_4steps"])
+        rounds, columns = np.indices(expected.shape, np.int32)
+        got = values_at(mode, schedule, (4 * rounds + columns).ravel(), rounds.ravel())
+        tolerance = golden.TOLERANCES[dtype]
+        np.testing.assert_allclose(np.array(got), expected.ravel(), rtol=tolerance, atol=tolerance * expected.max() / 10)
