@@ -100,11 +100,11 @@ def test_inside_optax_chain_and_around_optax():
 
 
 def test_learning_rate_is_swept_without_retracing():
-    traces = []
+    traces, zero = [], jnp.array(0.0)
 
     def step(optimizer):
         traces.append(1)
-        return optimizer.update(jnp.array(2.0), optimizer.init(jnp.array(0.0)))[0]
+        return optimizer.update(jnp.array(2.0), optimizer.init(zero), zero)[0]
 
     swept = jax.vmap(lambda rate: step(Optimizer(rate)))(jnp.array([0.1, 0.2, 0.4]))
     np.testing.assert_allclose(swept, [-0.2, -0.4, -0.8], rtol=1e-6)
