@@ -1,12 +1,16 @@
-"""Settings for all tests: silent broadcasting raises, a key used twice raises, and keys come from fixed seeds."""
+"""Settings for all tests: silent broadcasting raises, and a PRNG key used twice raises."""
 
 from pathlib import Path
 
 import jax
 import pytest
 
-jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_debug_key_reuse", True)
+
+@pytest.fixture(autouse=True)
+def strict():
+    """For the tests only: users' code, as in the README, may broadcast as NumPy does."""
+    with jax.numpy_rank_promotion("raise"), jax.debug_key_reuse(True):
+        yield
 
 
 @pytest.fixture
