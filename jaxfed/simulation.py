@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxfed import checks, part, trees
 from jaxfed.base import Model, Params, RunState, Selector
@@ -19,6 +20,8 @@ from jaxfed.reports import Evaluation, History, RoundReport
 from jaxfed.server.selection import Everyone, Uniform
 
 _EVALUATION_ROWS = 256
+# The run's key is folded once for each use of it.
+_MODEL, _SERVER, _RUN = range(3)
 
 
 class Simulation:
@@ -99,23 +102,10 @@ class Simulation:
             TypeError: If ``key`` is not a PRNG key or the weights hold something that cannot be trained.
         """
         key = _typed_key(key)
-        init_key, server_key, run_key = jax.random.split(key, 3)
         if params is None:
-            params, stats = self.model.init(init_key)
-        params, stats = trees.copy(_trainable(params)), trees.copy({} if stats is None else stats)
-        kept = jax.eval_shape(self.algorithm.client.init_kept, params, run_key)
-        count = self.data.num_clients
-        return RunState(
-            round=jnp.zeros((), jnp.int32),
-            params=params,
-            stats=stats,
-            server=self.algorithm.server.start_server(params, server_key),
-            aggregator=self.algorithm.aggregator.init(params),
-            selector=self.selector.init(count),
-            kept=jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), kept),
-            seen=jnp.zeros(count, bool),
-            key=run_key,
-        )
+            params, stats = _init_model(self.model, key)
+        stats = {} if stats is None else stats
+        return _first_state(self.algorithm, self.selector, _trainable(params), stats, key, count=self.data.num_clients)
 
     def run(
         self, state: RunState, *, rounds: int, eval_every: int = 0, eval_data: FederatedData | None = None
@@ -216,6 +206,28 @@ def _run_rounds(
     return jax.lax.fori_loop(0, rounds, body, (state, infos))
 
 
+@jax.jit
+def _init_model(model: Model, key: jax.Array) -> tuple[Params, Any]:
+    return model.init(jax.random.fold_in(key, _MODEL))
+
+
+@partial(jax.jit, static_argnames=("count",))
+def _first_state(algorithm: Algorithm, selector: Selector, params: Params, stats: Any, key: jax.Array, *, count: int) -> RunState:
+    """A state in buffers of its own; one program, since op by op each small array would be compiled alone."""
+    kept = jax.eval_shape(algorithm.client.init_kept, params, key)
+    return RunState(
+        round=jnp.zeros((), jnp.int32),
+        params=trees.copy(params),
+        stats=trees.copy(stats),
+        server=algorithm.server.start_server(params, jax.random.fold_in(key, _SERVER)),
+        aggregator=algorithm.aggregator.init(params),
+        selector=selector.init(count),
+        kept=jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), kept),
+        seen=jnp.zeros(count, bool),
+        key=jax.random.fold_in(key, _RUN),
+    )
+
+
 def _selector(cohort_size: int | None, selector: Selector | None) -> Selector:
     if cohort_size is not None and selector is not None:
         raise ValueError("Expected cohort_size or selector, got both. Give the selector its size.")
@@ -238,6 +250,6 @@ def _trainable(params: Params) -> Params:
         if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             where = f"params, leaf {checks.leaf_name(path) or '(the whole)'}"
             raise TypeError(f"{where}: expected floating numbers, got {checks.describe(leaf)}. Statistics go into stats=.")
-        if not bool(jnp.isfinite(leaf).all()):
+        if not np.isfinite(np.asarray(leaf)).all():
             raise ValueError(f"params, leaf {checks.leaf_name(path) or '(the whole)'}: expected finite numbers, got NaN or inf.")
     return jax.tree.map(jnp.asarray, params)

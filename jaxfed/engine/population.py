@@ -1,6 +1,7 @@
 """All clients' data on the device, flat, and the sums that a round needs of it."""
 
 import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -42,13 +43,18 @@ class Population:
 
 def make_population(arrays: dict[str, Any], starts: Any, sizes: Any, client: ClientUpdate, aggregator: Aggregator) -> Population:
     """Places the data on the device and weighs the population as the aggregator weighs a full round of each client."""
+    capacity = int(max(sizes))
+    placed = {key: jnp.asarray(x) for key, x in arrays.items()}
     sizes = jnp.asarray(sizes, jnp.int32)
-    capacity = int(sizes.max())
+    weight = _weigh(client, aggregator, sizes, capacity=capacity)
+    return Population(placed, jnp.asarray(starts, jnp.int32), sizes, weight, capacity)
+
+
+@partial(jax.jit, static_argnames=("capacity",))
+def _weigh(client: ClientUpdate, aggregator: Aggregator, sizes: jax.Array, *, capacity: int) -> jax.Array:
     metrics = {
         "examples": sizes.astype(float),
         "steps": client.num_steps(sizes, jnp.ones(()), capacity).astype(float),
         "loss": jnp.zeros(sizes.shape),
     }
-    weights = jnp.where(sizes > 0, jax.vmap(aggregator.weigh)(metrics), 0)
-    placed = {key: jnp.asarray(x) for key, x in arrays.items()}
-    return Population(placed, jnp.asarray(starts, jnp.int32), sizes, weights.sum(), capacity)
+    return jnp.where(sizes > 0, jax.vmap(aggregator.weigh)(metrics), 0).sum()

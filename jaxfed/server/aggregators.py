@@ -21,7 +21,7 @@ class WeightedAggregator(Aggregator, register=False):
 
     # declearn's spelling: steps_weighted=True or False.
     aliases: ClassVar[Mapping[str, str]] = {"steps_weighted": "by", "weights": "by"}
-    by: str = part.field(_as_weighting, "steps", is_static=True)
+    by: str = part.field(_as_weighting, default="steps", is_static=True)
 
     def weigh(self, metrics: dict[str, jax.Array]) -> jax.Array:
         """The client's weight."""
