@@ -1,0 +1,257 @@
+"""The models of the papers, by name: Linen modules, and functions that make a ``Model`` of each.
+
+All take the inputs at ``"x"`` and class labels (integers) at ``"y"``. Images are ``[B, 28, 28]`` or ``[B, 28, 28, 1]``;
+**unsigned bytes are divided by 255 inside the model**, so that a data set may stay four times smaller on the device. Kernels
+begin Glorot-uniform and biases at zero, as in the Keras models of the papers, and the convolutions are those of
+:mod:`jaxfed.models.layers`.
+
+Example:
+    >>> sample = {"x": jnp.zeros((1, 28, 28), jnp.uint8), "y": jnp.zeros(1, int)}
+    >>> model = build_model("emnist-cnn", sample)
+    >>> params, stats = model.init(jax.random.key(0))
+    >>> sum(leaf.size for leaf in jax.tree.leaves(params))
+    1206590
+"""
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+from jaxfed import checks
+from jaxfed.base import Model
+from jaxfed.models import layers
+from jaxfed.models.adapters import from_linen
+from jaxfed.models.functions import row_shapes
+
+_Dense = partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform())
+_Conv = partial(nn.Conv, kernel_init=nn.initializers.glorot_uniform(), conv_general_dilated=layers.conv_general_dilated)
+
+
+class LogisticRegression(nn.Module):
+    """``logits = x @ kernel + bias`` from zero weights; inputs of any shape are flattened."""
+
+    classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits ``[B, classes]``."""
+        return nn.Dense(self.classes, kernel_init=nn.initializers.zeros_init())(_flat(_scaled(x)))
+
+
+class MLP(nn.Module):
+    """Dense layers with ReLU between them; inputs of any shape are flattened."""
+
+    hidden: tuple[int, ...]
+    classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits ``[B, classes]``."""
+        x = _flat(_scaled(x))
+        for width in self.hidden:
+            x = nn.relu(_Dense(width)(x))
+        return _Dense(self.classes)(x)
+
+
+class EmnistCNN(nn.Module):
+    """Two 3x3 convolutions (32 and 64 channels), 2x2 max pooling and 128 dense units, with dropout before and after those."""
+
+    classes: int = 62
+    dropout: tuple[float, float] = (0.25, 0.5)
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Logits ``[B, classes]``."""
+        x = _image(x)
+        for channels in (32, 64):
+            x = nn.relu(_Conv(channels, (3, 3), padding="VALID")(x))
+        x = _flat(layers.max_pool(x, (2, 2), (2, 2)))
+        x = nn.Dropout(self.dropout[0], deterministic=not train)(x)
+        x = nn.relu(_Dense(128)(x))
+        x = nn.Dropout(self.dropout[1], deterministic=not train)(x)
+        return _Dense(self.classes)(x)
+
+
+class MnistCNN(nn.Module):
+    """Two 5x5 convolutions (32 and 64 channels), each with 2x2 max pooling, and 512 dense units."""
+
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits ``[B, classes]``."""
+        x = _image(x)
+        for channels in (32, 64):
+            x = layers.max_pool(nn.relu(_Conv(channels, (5, 5))(x)), (2, 2), (2, 2))
+        return _Dense(self.classes)(nn.relu(_Dense(512)(_flat(x))))
+
+
+def logistic_regression(sample: Mapping[str, Any], *, classes: int | None = None) -> Model:
+    """Multinomial logistic regression from zero weights.
+
+    Args:
+        sample: Rows of the data at ``"x"`` ``[1 or more, ...]`` and ``"y"``.
+        classes: How many; by default one more than the sample's largest label, so give it all training rows then.
+
+    Raises:
+        ValueError: If the labels are not integers from 0 to classes - 1.
+
+    Example:
+        >>> model = logistic_regression({"x": np.ones((3, 5)), "y": np.array([0, 2, 1])})
+        >>> params, _ = model.init(jax.random.key(0))
+        >>> params["Dense_0"]["kernel"].shape
+        (5, 3)
+    """
+    return from_linen(LogisticRegression(_num_classes(sample, classes)), sample)
+
+
+def mlp(sample: Mapping[str, Any], *, hidden: Sequence[int] = (200, 200), classes: int | None = None) -> Model:
+    """A multilayer perceptron; by default the "2NN" of McMahan et al.
+
+    Args:
+        sample: Rows of the data at ``"x"`` ``[1 or more, ...]`` and ``"y"``.
+        hidden: The widths of the hidden layers.
+        classes: How many; by default one more than the sample's largest label, so give it all training rows then.
+
+    Raises:
+        ValueError: If the labels are not integers from 0 to classes - 1, or a width is below 1.
+
+    Example:
+        >>> model = mlp({"x": np.ones((3, 5)), "y": np.array([0, 2, 1])}, hidden=(8,))
+        >>> params, _ = model.init(jax.random.key(0))
+        >>> params["Dense_0"]["kernel"].shape
+        (5, 8)
+
+    References:
+        McMahan et al., `Communication-Efficient Learning of Deep Networks from Decentralized Data
+        <https://arxiv.org/abs/1602.05629>`_, 2017
+    """
+    widths = tuple(_width("mlp: hidden", width) for width in hidden)
+    return from_linen(MLP(widths, _num_classes(sample, classes)), sample)
+
+
+def emnist_cnn(sample: Mapping[str, Any], *, classes: int = 62, dropout: Sequence[float] = (0.25, 0.5)) -> Model:
+    """The EMNIST CNN of Reddi et al.: 1,206,590 weights for 62 classes.
+
+    Args:
+        sample: Rows of the data at ``"x"`` ``[1 or more, 28, 28]`` and ``"y"``.
+        classes: 62 for digits and letters, 10 for digits.
+        dropout: Rates after pooling and after the dense layer; ``(0, 0)`` trains without.
+
+    Raises:
+        ValueError: If the labels are not integers from 0 to classes - 1, the inputs no images, or a rate is not in [0, 1).
+
+    Example:
+        >>> model = emnist_cnn({"x": np.ones((1, 28, 28)), "y": np.array([0])}, classes=10, dropout=(0, 0))
+        >>> params, stats = model.init(jax.random.key(0))
+        >>> model.predict(params, stats, {"x": jnp.ones((5, 28, 28))}).shape
+        (5, 10)
+
+    References:
+        Reddi et al., `Adaptive Federated Optimization <https://arxiv.org/abs/2003.00295>`_, 2021, table 4
+    """
+    _check_images(sample)
+    rates = tuple(checks.number("emnist_cnn: dropout", rate, checks.Bounds(at_least=0, below=1)) for rate in dropout)
+    if len(rates) != 2:
+        raise ValueError(f"emnist_cnn: expected two dropout rates, got {len(rates)}.")
+    return from_linen(EmnistCNN(_num_classes(sample, classes), rates), sample)
+
+
+def mnist_cnn(sample: Mapping[str, Any], *, classes: int = 10) -> Model:
+    """The MNIST CNN of McMahan et al.: 1,663,370 weights for 10 classes.
+
+    Args:
+        sample: Rows of the data at ``"x"`` ``[1 or more, 28, 28]`` and ``"y"``.
+        classes: How many.
+
+    Raises:
+        ValueError: If the labels are not integers from 0 to classes - 1, or the inputs no images.
+
+    Example:
+        >>> model = mnist_cnn({"x": np.ones((1, 28, 28, 1)), "y": np.array([0])})
+        >>> params, stats = model.init(jax.random.key(0))
+        >>> model.predict(params, stats, {"x": jnp.ones((5, 28, 28, 1))}).shape
+        (5, 10)
+
+    References:
+        McMahan et al., `Communication-Efficient Learning of Deep Networks from Decentralized Data
+        <https://arxiv.org/abs/1602.05629>`_, 2017
+    """
+    _check_images(sample)
+    return from_linen(MnistCNN(_num_classes(sample, classes)), sample)
+
+
+MODELS: dict[str, Callable[..., Model]] = {
+    "logistic-regression": logistic_regression,
+    "mlp": mlp,
+    "emnist-cnn": emnist_cnn,
+    "mnist-cnn": mnist_cnn,
+}
+"""The functions ``(sample, **options) -> Model`` by name."""
+
+
+def build_model(name: str, sample: Mapping[str, Any], **options: Any) -> Model:
+    """A reference model by its name, as a config names it.
+
+    Args:
+        name: One of :data:`MODELS`.
+        sample: Rows of the data at ``"x"`` and ``"y"``; where the number of classes is not given, all of them.
+        options: What the model's function takes.
+
+    Raises:
+        ValueError: If the name or an option is unknown.
+
+    Example:
+        >>> build_model("mlp", {"x": np.ones((2, 3)), "y": np.array([0, 1])}, width=10)
+        Traceback (most recent call last):
+        ...
+        ValueError: mlp has no option 'width'. It accepts: hidden, classes.
+    """
+    checks.known_name("model", name, MODELS)
+    accepted = inspect.signature(MODELS[name]).parameters
+    checks.known_options(name, options, [option for option in accepted if option != "sample"])
+    return MODELS[name](sample, **options)
+
+
+def _scaled(x: jax.Array) -> jax.Array:
+    return x / jnp.float32(255) if x.dtype == jnp.uint8 else x
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    return x.reshape(x.shape[0], -1)
+
+
+def _image(x: jax.Array) -> jax.Array:
+    x = _scaled(x)
+    return x[..., None] if x.ndim == 3 else x
+
+
+def _check_images(sample: Mapping[str, Any]) -> None:
+    shape = row_shapes(sample, "x")["x"].shape
+    if len(shape) not in (2, 3):
+        raise ValueError(f'Expected images at "x", [B, height, width] or [B, height, width, channels], got rows of {shape}.')
+
+
+def _width(where: str, value: Any) -> int:
+    return int(checks.count(where, value, checks.Bounds(at_least=1)))
+
+
+def _num_classes(sample: Mapping[str, Any], classes: int | None) -> int:
+    row_shapes(sample, "x", "y")
+    labels = np.asarray(sample["y"])
+    if not np.issubdtype(labels.dtype, np.integer):
+        remedy = "Cast class labels to int; for other targets use from_linen with a loss of your own."
+        raise ValueError(f"Expected integer class labels at 'y', got {labels.dtype}. {remedy}")
+    most = classes if classes is None else _width("classes", classes)
+    if labels.min() < 0 or (most is not None and labels.max() >= most):
+        top = "up" if most is None else f"to {most - 1}"
+        raise ValueError(
+            f"Expected class labels from 0 {top}, got {labels.min()} to {labels.max()}. Renumber them or set classes."
+        )
+    return most or int(labels.max()) + 1

@@ -1,0 +1,155 @@
+"""The papers' models: their sizes, their formulas and their options."""
+
+import inspect
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxfed.models import layers, reference
+
+KEY = jax.random.key(0)
+RNG = np.random.default_rng(0)
+IMAGES = {"x": RNG.integers(0, 256, (4, 28, 28)).astype("uint8"), "y": np.array([0, 3, 1, 9])}
+
+
+def _weights(model):
+    """Normal weights in the model's shapes: quicker than compiling its initializers."""
+    params, _ = jax.eval_shape(model.init, KEY)
+    return jax.tree.map(lambda x: jnp.asarray(RNG.normal(0, 0.05, x.shape), x.dtype), params)
+
+
+def _batch(sample):
+    return {key: jnp.array(value) for key, value in sample.items()} | {"mask": jnp.ones(len(sample["y"]), bool)}
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("logistic-regression", {"classes": 10}, 784 * 10 + 10),
+        ("mlp", {"classes": 10}, 199_210),  # the 2NN of McMahan et al., section 3
+        ("emnist-cnn", {}, 1_206_590),
+        ("mnist-cnn", {}, 1_663_370),  # McMahan et al., section 3
+    ],
+)
+def test_sizes_are_the_papers(name, options, size):
+    params, stats = jax.eval_shape(reference.build_model(name, IMAGES, **options).init, KEY)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == size
+    assert stats == {}
+
+
+def test_kernels_begin_glorot_uniform_and_biases_at_zero():
+    sample = {"x": np.zeros((1, 60)), "y": np.zeros(1, int)}
+    params, _ = jax.jit(reference.mlp(sample, hidden=(90,), classes=2).init)(KEY)
+    kernel, limit = params["Dense_0"]["kernel"], np.sqrt(6 / (60 + 90))
+    assert 0.99 * limit < jnp.abs(kernel).max() <= limit
+    assert abs(kernel.std() / (limit / np.sqrt(3)) - 1) < 0.03  # 5 sigma of 5,400 uniform draws
+    assert not any(layer["bias"].any() for layer in params.values())
+
+
+@pytest.mark.parametrize("name", reference.MODELS)
+def test_images_may_be_bytes_or_floats_with_or_without_channel(name):
+    model = reference.build_model(name, IMAGES, classes=10)
+    params, stats = _weights(model), {}
+    scaled = IMAGES["x"].astype("float32") / 255
+    predict = jax.jit(model.predict)
+    expected = predict(params, stats, {"x": jnp.array(scaled)})
+    assert expected.shape == (4, 10)
+    for x in (IMAGES["x"], IMAGES["x"][..., None], scaled[..., None]):
+        np.testing.assert_allclose(predict(params, stats, {"x": jnp.array(x)}), expected, rtol=1e-5, atol=1e-6)
+
+
+def _emnist_forward(params, x):
+    """The same network in lax convolutions and Flax's pooling."""
+    for layer in ("Conv_0", "Conv_1"):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(x, params[layer]["kernel"], (1, 1), "VALID", dimension_numbers=numbers)
+        x = jnp.maximum(x + params[layer]["bias"], 0)
+    x = nn.max_pool(x, (2, 2), (2, 2)).reshape(len(x), -1)
+    x = jnp.maximum(x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"], 0)
+    return x @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
+
+
+def test_emnist_cnn_and_its_gradient_equal_plain_lax():
+    model, batch = reference.emnist_cnn(IMAGES, dropout=(0, 0)), _batch(IMAGES)
+    params, stats = _weights(model), {}
+
+    def plain(params):
+        logits = _emnist_forward(params, batch["x"][..., None] / 255.0)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: model.loss(p, stats, batch, KEY)[0].mean()))(params)
+    expected, expected_gradient = jax.jit(jax.value_and_grad(plain))(params)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient, expected_gradient)
+
+
+def test_emnist_cnn_drops_out_in_training_only():
+    model, batch = reference.emnist_cnn(IMAGES), _batch(IMAGES)
+    params, stats = _weights(model), {}
+    one, other = jax.jit(jax.vmap(lambda key: model.loss(params, stats, batch, key)[0]))(jax.random.split(KEY))
+    assert not np.allclose(one, other)
+    still = reference.emnist_cnn(IMAGES, dropout=(0, 0))
+    expected = jax.jit(still.loss)(params, stats, batch, KEY)[0]
+    np.testing.assert_allclose(jax.jit(model.loss)(params, stats, batch, None)[0], expected, rtol=1e-5)
+
+
+def test_logistic_regression_begins_at_the_uniform_guess():
+    model = reference.logistic_regression(IMAGES)
+    params, stats = jax.jit(model.init)(KEY)
+    batch = _batch(IMAGES)
+    np.testing.assert_allclose(model.metrics(params, stats, batch)["loss"], np.log(10), rtol=1e-6)
+    gradient = jax.grad(lambda p: model.loss(p, stats, batch, KEY)[0].mean())(params)
+    x = IMAGES["x"].reshape(4, -1) / 255.0
+    residual = (0.1 - np.eye(10)[IMAGES["y"]]) / 4
+    np.testing.assert_allclose(gradient["Dense_0"]["kernel"], x.T @ residual, rtol=1e-4, atol=1e-6)
+
+
+def test_mlp_equals_its_formula():
+    sample = {"x": RNG.normal(size=(5, 3)).astype("float32"), "y": np.array([0, 1, 2, 3, 1])}
+    model = reference.mlp(sample, hidden=[6, 4])
+    params, stats = jax.jit(model.init)(KEY)
+    x = sample["x"]
+    for layer in ("Dense_0", "Dense_1"):
+        x = np.maximum(x @ np.asarray(params[layer]["kernel"]), 0)
+    np.testing.assert_allclose(
+        model.predict(params, stats, _batch(sample)), x @ params["Dense_2"]["kernel"], rtol=1e-5, atol=1e-6
+    )
+    assert x.shape == (5, 4)
+
+
+def test_convolutions_are_matrix_products(monkeypatch):
+    monkeypatch.setattr(jax.lax, "conv_general_dilated", None)
+    assert reference._Conv.keywords["conv_general_dilated"] is layers.conv_general_dilated
+    for name in ("emnist-cnn", "mnist-cnn"):
+        reference.build_model(name, IMAGES)  # building traces a training step
+
+
+@pytest.mark.parametrize("name", reference.MODELS)
+def test_every_model_takes_a_sample_and_keyword_options(name):
+    first, *options = inspect.signature(reference.MODELS[name]).parameters.values()
+    assert first.name == "sample"
+    assert all(option.kind is option.KEYWORD_ONLY and option.default is not option.empty for option in options)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "options", "text"),
+    [
+        ("emnist", {}, {}, "No model is called 'emnist'. Did you mean 'emnist-cnn'"),
+        ("mlp", {}, {"width": 3}, "mlp has no option 'width'. It accepts: hidden, classes"),
+        ("mlp", {}, {"hidden": (0,)}, "mlp: hidden: expected an integer at least 1"),
+        ("mlp", {"y": np.zeros(4)}, {}, "Expected integer class labels at 'y', got float64. Cast"),
+        ("mlp", {"y": np.array([1, 2, -1, 0])}, {}, "from 0 up, got -1 to 2"),
+        ("mnist-cnn", {"y": np.array([1, 2, 10, 0])}, {}, "from 0 to 9, got 0 to 10"),
+        ("mnist-cnn", {"x": np.zeros((4, 784))}, {}, r"Expected images at \"x\".* got rows of \(784,\)"),
+        ("emnist-cnn", {}, {"dropout": (0.5,)}, "expected two dropout rates, got 1"),
+        ("emnist-cnn", {}, {"dropout": (0.5, 1.0)}, "emnist_cnn: dropout: expected a finite number at least 0 and below 1"),
+        ("logistic-regression", {"x": np.zeros((0, 3)), "y": np.zeros(0, int)}, {}, "at least one row"),
+    ],
+)
+def test_bad_options_and_data_are_refused(name, changes, options, text):
+    with pytest.raises(ValueError, match=text):
+        reference.build_model(name, {**IMAGES, **changes}, **options)
