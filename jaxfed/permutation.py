@@ -32,11 +32,14 @@ def permute(key: jax.Array, positions: jax.Array, size: jax.Array | int) -> jax.
     half = jnp.maximum((bits + 1) // 2, _SMALLEST_HALF)
     round_keys = jax.random.bits(key, (_ROUNDS,), jnp.uint32)
 
-    def walk(values: jax.Array) -> jax.Array:
-        return jnp.where(values < size, values, _feistel(values, half, round_keys))
+    def walk(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        values, outside = carry
+        values = jnp.where(outside, _feistel(values, half, round_keys), values)
+        return values, values >= size
 
-    first = _feistel(jnp.asarray(positions, jnp.uint32), half, round_keys)
-    return jax.lax.while_loop(lambda values: (values >= size).any(), walk, first).astype(jnp.int32)
+    # The first pass is part of the loop: unrolled twice, the network would double the time that a round takes to compile.
+    start = jnp.asarray(positions, jnp.uint32)
+    return jax.lax.while_loop(lambda carry: carry[1].any(), walk, (start, start >= 0))[0].astype(jnp.int32)
 
 
 def _feistel(values: jax.Array, half: jax.Array, round_keys: jax.Array) -> jax.Array:
