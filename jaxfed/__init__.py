@@ -4,6 +4,7 @@ The names below come in the order of a round. Importing this loads neither flax 
 and the command in ``jaxfed.run``.
 """
 
+from jaxfed import trees
 from jaxfed.algorithms import (
     adaalter,
     build_recipe,
@@ -143,6 +144,7 @@ __all__ = [
     "scaffold",
     "size",
     "static",
+    "trees",
 ]
 
 __version__ = "0.1.0"

@@ -1,0 +1,57 @@
+"""Every example runs, and does what its first line says."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """An example as a module; what it writes goes to a temporary folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+# Examples may broadcast as NumPy does.
+@pytest.fixture(autouse=True)
+def strict():
+    """Replaces the tests' strictness."""
+
+
+def test_quickstart(load, tmp_path):
+    assert load("quickstart").main(rounds=50) > 0.9
+    assert (tmp_path / "quickstart.png").stat().st_size > 5_000
+
+
+def test_own_module(load):
+    assert load("own_module").main().modules[0].beta_1 == 0.95
+
+
+def test_with_optax(load):
+    for weights in load("with_optax").main().values():
+        np.testing.assert_allclose(weights, 1, atol=0.02)
+
+
+def test_client_drift(load):
+    """The fixed points in closed form: FedAvg's is sum m b / sum m with m = 1 - (1 - lr a)^10."""
+    found = load("client_drift").main()
+    m = 1 - (1 - 0.05 * np.array([1.0, 10.0])) ** 10
+    assert found["fedavg"] == pytest.approx(m[1] / m.sum(), abs=1e-5)
+    assert found["scaffold"] == pytest.approx(10 / 11, abs=1e-5)
+
+
+def test_every_example_is_tested():
+    here = Path(__file__).read_text()
+    assert all(f'"{path.stem}"' in here for path in EXAMPLES.glob("*.py"))
