@@ -129,8 +129,7 @@ class Steps(_Passes):
     def num_steps(self, size: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
         """``steps * work``, rounded; none without rows."""
         del capacity
-        steps = jnp.round(self.steps * jnp.asarray(work, jnp.float32)).astype(jnp.int32)
-        return jnp.where(jnp.asarray(size) > 0, steps, 0)
+        return _fixed_steps(self.steps, size, work)
 
 
 class Poisson(BatchPolicy):
@@ -150,7 +149,8 @@ class Poisson(BatchPolicy):
 
     def num_steps(self, size: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
         """``steps * work``, rounded; none without rows."""
-        return Steps.num_steps(self, size, work, capacity)  # type: ignore[arg-type]
+        del capacity
+        return _fixed_steps(self.steps, size, work)
 
     def choose(self, key: jax.Array, step: jax.Array, rows: ClientRows) -> tuple[jax.Array, jax.Array]:
         """A uniformly random subset whose size is binomial."""
@@ -160,6 +160,11 @@ class Poisson(BatchPolicy):
         mask = positions < jnp.minimum(drawn, rows.size)
         positions = jnp.minimum(positions, jnp.maximum(rows.size - 1, 0))
         return permute(order_key, positions, rows.size), mask
+
+
+def _fixed_steps(steps: ArrayLike, size: ArrayLike, work: ArrayLike) -> jax.Array:
+    done = jnp.round(jnp.asarray(steps) * jnp.asarray(work, jnp.float32)).astype(jnp.int32)
+    return jnp.where(jnp.asarray(size) > 0, done, 0)
 
 
 class Batches:
