@@ -1,0 +1,229 @@
+"""From a config to the things it names: data, model, algorithm, simulation. Errors begin with the path of a key."""
+
+import hashlib
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxfed import checks, part
+from jaxfed.algorithms import RECIPES, accepted_options, build_recipe
+from jaxfed.base import Model, RunState
+from jaxfed.client.local import LocalTraining
+from jaxfed.data import datasets
+from jaxfed.data.federated import FederatedData
+from jaxfed.data.partition import PARTITIONS
+from jaxfed.engine.algorithm import Algorithm
+from jaxfed.engine.round import run_round
+from jaxfed.optimizer.optimizer import Optimizer
+from jaxfed.optimizer.rates import as_rate
+from jaxfed.run.config import RunConfig
+from jaxfed.run.section import known_keys, located
+from jaxfed.simulation import Simulation
+
+_COMPOSED = {"client": None, "server": 1.0, "batches": None, "aggregator": "averaging", "gradient": "mean"}
+"""The keys of [algorithm] without a recipe and their defaults; None must be given."""
+
+
+class Built(NamedTuple):
+    """What a config names.
+
+    Attributes:
+        simulation: The algorithm on the training rows.
+        test: The rows for evaluation; the training rows themselves where ``data.test_fraction`` is 0.
+        digest: Identifies the data.
+    """
+
+    simulation: Simulation
+    test: FederatedData
+    digest: str
+
+
+def build(config: RunConfig) -> Built:
+    """Everything that a run needs.
+
+    Raises:
+        TypeError, ValueError, OSError: With the path of the key that is wrong.
+    """
+    whole = data(config)
+    made = algorithm(config, model(config, whole))  # before the split: a label may be in the test rows alone
+    train, test = split(config, whole)
+    return Built(simulation(config, made, train), test, digest_of_data(whole))
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """The config with the run's seed written out where data or partition need one, and paths made absolute."""
+    table = config.to_dict()
+    section = table["data"]
+    if section["name"] in datasets.DATASETS:
+        _fill_seed(section, datasets.DATASETS[section["name"]], config.run.seed)
+    if isinstance(section.get("path"), str):
+        section["path"] = str(Path(section["path"]).absolute())
+    if config.data.partition is not None and config.data.partition.name in PARTITIONS:
+        _fill_seed(section["partition"], PARTITIONS[config.data.partition.name], config.run.seed)
+    return RunConfig.from_dict(table)
+
+
+def data(config: RunConfig) -> FederatedData:
+    """All rows of all clients."""
+    section, chosen = resolved(config).data, None
+    with located("data.name"):
+        checks.known_name("data set", section.name, datasets.DATASETS)
+    own = _parameters(datasets.ARRAYS if section.partition else datasets.FEDERATIONS, section.name)
+    if own is not None:
+        known_keys("data", section.options, own)
+    if section.partition is not None:
+        with located("data.partition.name"):
+            checks.known_name("partition", section.partition.name, PARTITIONS)
+        known_keys("data.partition", section.partition.options, _parameters(PARTITIONS, section.partition.name) or ())
+        chosen = (section.partition.name, section.partition.options)
+    try:
+        with located("data"):
+            return datasets.load(section.name, partition=chosen, label_key=section.label_key, **section.options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(_of_partition(str(error), chosen)) from error
+
+
+def split(config: RunConfig, whole: FederatedData) -> tuple[FederatedData, FederatedData]:
+    """Training and test rows of every client.
+
+    Raises:
+        ValueError: If no client has a row left for testing.
+    """
+    fraction = config.data.test_fraction
+    if not fraction:
+        return whole, whole
+    train, test = whole.split(fraction, seed=config.run.seed)
+    if test.num_examples == 0:
+        largest = f"the largest client has {whole.max_size} rows"
+        raise ValueError(f"data.test_fraction: {fraction} leaves no rows for testing ({largest}). Raise it, or set 0.")
+    return train, test
+
+
+def model(config: RunConfig, whole: FederatedData) -> Model:
+    """The reference model, made for these rows."""
+    from jaxfed.models.reference import MODELS, build_model  # Flax takes long to import, and not every command needs it
+
+    with located("model.name"):
+        checks.known_name("model", config.model.name, MODELS)
+    known_keys("model", config.model.options, _parameters(MODELS, config.model.name) or ())
+    with located("model"):
+        return build_model(config.model.name, whole.arrays, **config.model.options)
+
+
+def algorithm(config: RunConfig, model: Model) -> Algorithm:
+    """The recipe, or the parts put together."""
+    section = config.algorithm
+    if section.name is None:
+        return _composed(section.options, model)
+    with located("algorithm.name"):
+        checks.known_name("algorithm", section.name, RECIPES)
+    known_keys("algorithm", section.options, accepted_options(RECIPES[section.name]))
+    options = dict(section.options)
+    for rate in ("lrate", "server_lrate"):
+        if rate in options:
+            options[rate] = _optimizer(f"algorithm.{rate}", options[rate])
+    for needed in ("lrate", "batch_size"):
+        if needed not in options:
+            hint = ' (in TOML "none" takes all rows at once)' if needed == "batch_size" else ""
+            raise ValueError(f"algorithm.{needed} is missing; {section.name} needs it{hint}.")
+    try:
+        return build_recipe(section.name, model, **options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{_culprit(section.name, model, options)}: {error}") from error
+
+
+def simulation(config: RunConfig, algorithm: Algorithm, train: FederatedData) -> Simulation:
+    """The simulation, whose lanes are chosen by itself unless given."""
+    section = config.simulation
+    selector = None
+    if section.selector is not None:
+        with located("simulation.selector"):
+            selector = part.build("selector", section.selector, "simulation.selector")
+    with located("simulation"):
+        options: dict[str, Any] = {"selector": selector, "lanes": section.lanes, "chunk": section.chunk}
+        return Simulation(algorithm, train, section.cohort_size, **options)
+
+
+def check_round(simulation: Simulation, state: RunState) -> None:
+    """Traces a round without running it: finds parts, model and data that do not fit together.
+
+    Raises:
+        TypeError, ValueError: What the parts say.
+    """
+    lanes = simulation.lanes(state.params)
+    with located("algorithm"):
+        jax.eval_shape(partial(run_round, simulation.algorithm, simulation.selector, simulation.population, lanes=lanes), state)
+
+
+def digest_of_data(data: FederatedData) -> str:
+    """A short digest of all rows and of whose they are."""
+    digest = hashlib.sha256(data.offsets.tobytes())
+    for key, array in sorted(data.arrays.items()):
+        digest.update(f"{key} {array.dtype} {array.shape}".encode())
+        digest.update(array.reshape(-1).view("uint8").data)
+    return digest.hexdigest()
+
+
+def _composed(options: Mapping[str, Any], model: Model) -> Algorithm:
+    known_keys("algorithm", options, ("name", *_COMPOSED))
+    for name in ("client", "batches"):
+        if options.get(name) is None:
+            raise ValueError(f"algorithm.{name} is missing. Without a name, [algorithm] needs client and batches.")
+    chosen = {**_COMPOSED, **options}
+    client, server = (_optimizer(f"algorithm.{side}", chosen[side]) for side in ("client", "server"))
+    batches, aggregator, gradient = (_part(f"algorithm.{kind}", kind, chosen[kind]) for kind in list(_COMPOSED)[2:])
+    with located("algorithm"):
+        return Algorithm(LocalTraining(model, client, batches, gradient), server, aggregator)
+
+
+def _optimizer(path: str, value: Any) -> Optimizer:
+    """From a rate, or from a table of an Optimizer's options."""
+    names = [*Optimizer.__dataclass_fields__, *Optimizer.aliases]  # type: ignore[attr-defined]
+    if not isinstance(value, Mapping) or not any(name in value for name in names):
+        with located(path):
+            return Optimizer(as_rate(path, value))
+    known_keys(path, value, names)
+    options = {Optimizer.aliases.get(name, name): one for name, one in value.items()}
+    for name, kind in (("regularizers", "regularizer"), ("modules", "module")):
+        if isinstance(options.get(name), list):
+            options[name] = [_part(f"{path}.{name}[{i}]", kind, one) for i, one in enumerate(options[name])]
+    with located(path):
+        return Optimizer.from_config(options)
+
+
+def _part(path: str, kind: str, value: Any) -> Any:
+    with located(path):
+        return part.build(kind, value, path)
+
+
+def _culprit(name: str, model: Model, options: dict[str, Any]) -> str:
+    """The path of the option without which the recipe can be built."""
+    for option in options:
+        rest = {key: one for key, one in options.items() if key != option}
+        try:
+            build_recipe(name, model, **({"lrate": 0.0, "batch_size": 1} | rest))
+        except (TypeError, ValueError):
+            continue
+        return f"algorithm.{option}"
+    return "algorithm"
+
+
+def _parameters(functions: Mapping[str, Callable], name: str) -> list[str] | None:
+    if name not in functions:
+        return None
+    return [p for p in inspect.signature(functions[name]).parameters if p not in ("sample", "labels")]
+
+
+def _fill_seed(table: dict[str, Any], function: Callable, seed: int) -> None:
+    if "seed" in inspect.signature(function).parameters:
+        table.setdefault("seed", seed)
+
+
+def _of_partition(message: str, chosen: tuple[str, Mapping] | None) -> str:
+    """``data.alpha: ...`` said by a partition is ``data.partition.alpha: ...``."""
+    key = message.split(":")[0].removeprefix("data.")
+    return message.replace("data.", "data.partition.", 1) if chosen and key in chosen[1] else message

@@ -1,0 +1,175 @@
+"""The commands, one class each; their fields are the arguments of the command line."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from rich.console import Console
+
+from jaxfed.run import listing, show
+from jaxfed.run.config import RunConfig
+from jaxfed.run.environment import use_compilation_cache
+from jaxfed.run.export import export_weights
+from jaxfed.run.plots import read_runs, save_curves
+from jaxfed.run.training import Run, load, write_clients
+
+Folder = tyro.conf.Positional[Path]
+_INTERRUPTED = 130
+
+
+@dataclasses.dataclass
+class Train:
+    """Train as a config file says, in a new run folder."""
+
+    config: tyro.conf.Positional[Path]
+    """The TOML file."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
+    """Replace a setting; may be given several times, as in --set algorithm.lrate=0.05."""
+
+    def __call__(self) -> int:
+        """Runs the command and returns its exit status."""
+        use_compilation_cache()
+        with Run.start(RunConfig.read(self.config, self.set)) as run:
+            return _train(run)
+
+
+@dataclasses.dataclass
+class Resume:
+    """Go on with a run that was stopped or killed."""
+
+    run_dir: Folder
+    """The run's folder."""
+    rounds: int | None = None
+    """Another number of rounds for the whole run."""
+
+    def __call__(self) -> int:
+        """Runs the command and returns its exit status."""
+        use_compilation_cache()
+        with Run.resume(self.run_dir, self.rounds) as run:
+            return _train(run)
+
+
+@dataclasses.dataclass
+class Evaluate:
+    """Evaluate the newest model of a run."""
+
+    run_dir: Folder
+    """The run's folder."""
+    clients: bool = False
+    """Show a table of all clients and write it as a CSV file."""
+    split: Literal["test", "train"] = "test"
+    """Which rows to evaluate on."""
+
+    def __call__(self) -> int:
+        """Runs the command and returns its exit status."""
+        use_compilation_cache()
+        folder, built, state = load(self.run_dir)
+        data = built.test if self.split == "test" else built.simulation.data
+        evaluation = built.simulation.evaluate(state, data)
+        console = Console()
+        if self.clients:
+            path = folder.path / f"clients-{self.split}-{int(state.round):08d}.csv"
+            write_clients(path, evaluation, data.client_names)
+            console.print(show.clients(evaluation, path))
+        console.print(show.results(evaluation, f"After {int(state.round)} rounds, on the {self.split} rows"))
+        return 0
+
+
+@dataclasses.dataclass
+class Plot:
+    """Draw the curves of one or several runs in one picture."""
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """The runs' folders."""
+    out: Path | None = None
+    """The PNG file; by default curves.png in the run's folder, or in this folder for several runs."""
+
+    def __call__(self) -> int:
+        """Runs the command and returns its exit status."""
+        if not self.runs:
+            raise ValueError("jaxfed plot: expected one run folder or more, got none.")
+        path = self.out or (self.runs[0] if len(self.runs) == 1 else Path()) / "curves.png"
+        print(save_curves(read_runs(list(self.runs)), path))
+        return 0
+
+
+@dataclasses.dataclass
+class Export:
+    """Write the newest weights of a run to a file for other programs."""
+
+    run_dir: Folder
+    """The run's folder."""
+    out: Path | None = None
+    """The file, .safetensors or .msgpack; by default weights.safetensors in the run's folder."""
+
+    def __call__(self) -> int:
+        """Runs the command and returns its exit status."""
+        folder, _, state = load(self.run_dir)
+        print(export_weights(state, self.out or folder.path / "weights.safetensors"))
+        return 0
+
+
+@dataclasses.dataclass
+class List:
+    """Show what a config may name, with options and defaults."""
+
+    kinds: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KIND")] = ()
+    """Of modules, regularizers, schedules, aggregators, algorithms, datasets, partitions, models, selectors, batches, gradients;
+    all if none is given."""
+
+    def __call__(self) -> int:
+        """Runs the command and returns its exit status."""
+        found = {kind: listing.entries(kind) for kind in self.kinds or listing.KINDS}
+        console = Console()
+        for kind, entries in found.items():
+            console.print(show.listing(kind, entries))
+        return 0
+
+
+Command = (
+    Annotated[Train, tyro.conf.subcommand("run")]
+    | Annotated[Resume, tyro.conf.subcommand("resume")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[List, tyro.conf.subcommand("list")]
+    | Annotated[Plot, tyro.conf.subcommand("plot")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
+)
+
+
+def parse(arguments: list[str]) -> Train | Resume | Evaluate | List | Plot | Export:
+    """The command that the arguments ask for; raises SystemExit with status 2 where they ask for none."""
+    description = "Federated learning in compiled JAX: train from a config file, resume, evaluate, compare."
+    return tyro.cli(Command, prog="jaxfed", description=description, args=arguments)  # type: ignore[arg-type]
+
+
+def _train(run: Run) -> int:
+    console, path = Console(highlight=False), _short(run.folder.path)
+    rounds = run.folder.config.run.rounds
+    console.print(_introduction(run))
+    try:
+        with show.progress(console, run.done, rounds) as advance:
+            for rows in run.train():
+                advance(rows)
+        picture = save_curves(read_runs([run.folder.path]), run.folder.path / "curves.png")
+        evaluation = run.finish()
+    except KeyboardInterrupt:
+        print(f"Stopped after round {run.done}. Go on with  jaxfed resume {path}", file=sys.stderr)
+        return _INTERRUPTED
+    rows = "test" if run.built.test is not run.built.simulation.data else "training"
+    console.print(show.results(evaluation, f"After {rounds} rounds, on the {rows} rows"))
+    console.print(f"Picture: {_short(picture)}\nHistory, checkpoints, results by client: {path}")
+    return 0
+
+
+def _introduction(run: Run) -> str:
+    simulation, test = run.built.simulation, run.built.test
+    rows = f"{simulation.data.num_examples} rows"
+    if test is not simulation.data:
+        rows = f"{simulation.data.num_examples} training and {test.num_examples} test rows"
+    return f"{simulation.data.num_clients} clients with {rows}; {simulation.cohort_size} clients in each round"
+
+
+def _short(path: Path) -> Path:
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

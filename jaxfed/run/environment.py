@@ -1,0 +1,68 @@
+"""What a run's bits depend on beside its config: versions and machine; and the command's compilation cache."""
+
+import contextlib
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python and of the libraries that compute."""
+    names = ("jaxfed", "jax", "jaxlib", "optax", "flax", "numpy")
+    return {"python": platform.python_version(), **{name: _version(name) for name in names}}
+
+
+def environment() -> dict[str, Any]:
+    """Versions, and the devices that compute: equal ones give equal bits."""
+    device = jax.devices()[0]
+    devices = {"backend": device.platform, "device": device.device_kind, "devices": jax.device_count()}
+    return {**versions(), **devices, "machine": platform.machine(), "x64": jax.numpy.result_type(float).itemsize == 8}
+
+
+def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What differs between two environments, as texts.
+
+    >>> differences({"jax": "0.10.1", "numpy": "2.4"}, {"jax": "0.10.2", "numpy": "2.4"})
+    ['jax 0.10.1 then, 0.10.2 now']
+    """
+    return [f"{key} {then.get(key)} then, {now.get(key)} now" for key in now if then.get(key) != now.get(key)]
+
+
+@contextlib.contextmanager
+def extra(what: str) -> Iterator[None]:
+    """Around the import of an optional library: says how to install it.
+
+    Raises:
+        ImportError: Where the library is missing.
+
+    >>> with extra("The picture"):
+    ...     import a_library_that_is_missing
+    Traceback (most recent call last):
+    ...
+    ImportError: The picture needs a_library_that_is_missing. Install it with  pip install "jaxfed[run]"
+    """
+    try:
+        yield
+    except ImportError as error:
+        remedy = 'Install it with  pip install "jaxfed[run]"'
+        raise ImportError(f"{what} needs {error.name}. {remedy}", name=error.name) from error
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache folder, so that a second run starts at once. For a command, not a library."""
+    if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(root / "jaxfed" / "xla"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:  # run from a source folder
+        return "unknown"

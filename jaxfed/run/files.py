@@ -1,0 +1,144 @@
+"""Files and folders that are whole or absent: written beside their place, flushed to the disk, then renamed into it."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock; there two runs in one folder are not noticed
+    fcntl = None
+
+PARTIAL = ".partial-"
+"""How the names of unfinished files and folders begin; a killed process may leave some behind."""
+
+
+def write(path: Path, content: bytes | str) -> None:
+    """Replaces a file by new content; at any moment the old or the new content is there, never a part of it.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write(Path(folder, "note.txt"), "done")
+    ...     sorted(os.listdir(folder))
+    ['note.txt']
+    """
+    content = content.encode() if isinstance(content, str) else content
+    partial = _partial(path)
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    flush_folder(path.parent)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to be filled in the ``with`` block; it appears at ``path`` when the block has ended without an error.
+
+    Raises:
+        FileExistsError: If there is something at ``path`` already.
+    """
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already.")
+    partial = _partial(path)
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        for folder, _, names in os.walk(partial):
+            for name in names:
+                _flush(Path(folder, name))
+            flush_folder(Path(folder))
+        os.rename(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    flush_folder(path.parent)
+
+
+def discard(folder: Path) -> None:
+    """Removes a folder; it disappears at once, not file by file."""
+    partial = _partial(folder)
+    shutil.rmtree(partial, ignore_errors=True)
+    os.rename(folder, partial)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def sweep_partials(folder: Path) -> None:
+    """Removes what killed processes left in a folder that nobody else is writing to."""
+    for left in folder.glob(f"{PARTIAL}*"):
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+
+@contextlib.contextmanager
+def locked(path: Path, sentence: str) -> Iterator[None]:
+    """Holds a lock file; the system releases it when the process ends, however it ends.
+
+    Raises:
+        BlockingIOError: With the sentence, if another process holds it.
+    """
+    with open(path, "ab") as file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BlockingIOError(sentence) from None
+        yield
+
+
+def read_json(path: Path, what: str) -> dict[str, Any]:
+    """The table in a JSON file.
+
+    Raises:
+        ValueError: If the file is missing, no JSON, or holds something else.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path.parent} has no {path.name}, {what}.") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}, {what}, is cut short or altered: {error}.") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}, {what}, is altered: expected a table, got a {type(content).__name__}.")
+    return content
+
+
+def digest_of(value: Any) -> str:
+    """The SHA-256 of plain data; equal data have equal digests whatever the order of their keys.
+
+    >>> digest_of({"a": 1, "b": 2}) == digest_of({"b": 2, "a": 1})
+    True
+    """
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of_file(path: Path) -> str:
+    """The SHA-256 of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes sure that names which were created or renamed in a folder survive a power failure."""
+    if os.name == "posix":  # elsewhere folders cannot be opened
+        _flush(folder)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{PARTIAL}{path.name}-{os.getpid()}")

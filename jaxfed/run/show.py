@@ -1,0 +1,88 @@
+"""What the command prints: tables and a progress bar."""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from jaxfed.reports import Evaluation
+from jaxfed.run.history import Row
+from jaxfed.run.listing import Entry
+
+_MOST_CLIENTS = 200
+_COLUMNS = {"global": "", "client mean": "_client_mean", "worst decile": "_worst_decile"}
+
+
+@contextlib.contextmanager
+def progress(console: Console, done: int, rounds: int) -> Iterator[Callable[[list[Row]], None]]:
+    """A progress bar over rounds; gives a function that takes each call's rows."""
+    columns = (TextColumn("[bold]rounds"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("{task.description}"), console=console) as bar:
+        task = bar.add_task("compiling", total=rounds, completed=done)
+        seen: dict[str, float] = {}
+
+        def advance(rows: list[Row]) -> None:
+            for row in rows:
+                seen.update({name: row[name] for name in ("eval_accuracy", "loss") if row.get(name) is not None})
+            names = {"eval_accuracy": "accuracy", "loss": "training loss"}
+            text = "  ".join(f"{names[name]} {number(seen[name])}" for name in names if name in seen)
+            bar.update(task, completed=rows[-1]["round"], description=text)
+
+        yield advance
+
+
+def results(evaluation: Evaluation, title: str) -> Table:
+    """A row for each metric: over all rows, the mean over clients, and the worst decile of the clients."""
+    row = evaluation.row()
+    table = _table(title)
+    table.add_column("metric")
+    for column in _COLUMNS:
+        table.add_column(column, justify="right")
+    for name in sorted(evaluation.metrics, key=lambda name: (name.endswith("loss"), name)):
+        table.add_row(name, *(number(row[name + ending]) for ending in _COLUMNS.values()))
+    return table
+
+
+def clients(evaluation: Evaluation, path: Path) -> Table:
+    """A row for each client; of very many only the first, the file has all."""
+    rows = evaluation.table()
+    more = f", the first {_MOST_CLIENTS} of {len(rows)}" if len(rows) > _MOST_CLIENTS else ""
+    table = _table(f"Results by client{more}")
+    for name in rows[0]:
+        table.add_column(name, justify="right")
+    for row in rows[:_MOST_CLIENTS]:
+        table.add_row(*(number(value) for value in row.values()))
+    table.caption = f"All in {path}"
+    return table
+
+
+def listing(kind: str, entries: list[Entry]) -> Table:
+    """Names with their options and defaults."""
+    table = _table(kind)
+    table.add_column("name", no_wrap=True)
+    table.add_column("options and defaults", ratio=2)
+    table.add_column("what it is", ratio=3)
+    for entry in entries:
+        options = "\n".join(f"{name} = {default}" for name, default in entry.options.items())
+        table.add_row(entry.name, options, entry.summary)
+    return table
+
+
+def number(value: float) -> str:
+    """A number in four digits; a dash for one that is missing.
+
+    >>> number(0.96241), number(12), number(float("nan"))
+    ('0.9624', '12', '-')
+    """
+    if isinstance(value, int):
+        return str(value)
+    return f"{value:.4g}" if math.isfinite(value) else "-"
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", caption_justify="left", box=box.SIMPLE_HEAD)

@@ -1,0 +1,209 @@
+"""A run in its folder: started, killed at any moment, resumed, finished, with the same bits in the end."""
+
+import contextlib
+import csv
+import io
+import json
+import math
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+
+from jaxfed.base import RunState
+from jaxfed.reports import Evaluation
+from jaxfed.run import build, files
+from jaxfed.run.checkpoint import Checkpoint, newest, save_run
+from jaxfed.run.config import RunConfig
+from jaxfed.run.environment import differences, environment
+from jaxfed.run.folder import RunFolder
+from jaxfed.run.history import HistoryFile, Row, check_mark, row_of
+
+
+class Run:
+    """A run that can be trained; a context manager that keeps other processes out of its folder.
+
+    Attributes:
+        folder: Where everything is written.
+        built: What the config names.
+        state: The newest state.
+
+    Example:
+        >>> import tempfile
+        >>> table = {
+        ...     "run": {"rounds": 2, "eval_every": 1},
+        ...     "data": {"name": "digits", "partition": {"name": "iid", "clients": 10}},
+        ...     "model": {"name": "logistic-regression"},
+        ...     "algorithm": {"name": "fedavg", "lrate": 0.1, "batch_size": 20},
+        ... }
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     table["run"]["out"] = f"{folder}/first"
+        ...     with Run.start(RunConfig.from_dict(table)) as run:
+        ...         rounds = [row["round"] for rows in run.train() for row in rows]
+        ...         evaluation = run.finish()
+        >>> rounds, evaluation.metrics["accuracy"] > 0.5
+        ([1, 2], True)
+    """
+
+    def __init__(self, folder: RunFolder, built: build.Built, state: RunState, history: HistoryFile):
+        self.folder, self.built, self.state = folder, built, state
+        self._history = history
+        self._lock = contextlib.ExitStack()
+
+    @classmethod
+    def start(cls, config: RunConfig) -> Self:
+        """Builds everything that the config names, then makes the run's folder.
+
+        Raises:
+            TypeError, ValueError, OSError: Before anything is written, with the path of the key.
+        """
+        config = build.resolved(config)
+        built = build.build(config)
+        state = built.simulation.init(key=jax.random.key(config.run.seed))
+        build.check_round(built.simulation, state)
+        # The bits of a run depend on its lanes, so their choice is written down.
+        lanes = {"simulation": config.simulation.to_dict() | {"lanes": built.simulation.lanes(state.params)}}
+        path = Path(config.run.out or "runs/run").absolute()
+        folder = RunFolder.create(path, RunConfig.from_dict(config.to_dict() | lanes), built.digest)
+        run = cls(folder, built, state, HistoryFile(folder.history))
+        run._lock.enter_context(folder.locked())
+        return run
+
+    @classmethod
+    def resume(cls, path: str | Path, rounds: int | None = None) -> Self:
+        """Goes back to the newest checkpoint, and cuts what the history has beyond it.
+
+        Args:
+            path: The run's folder.
+            rounds: Another number of rounds for the whole run.
+
+        Raises:
+            ValueError: If the folder, its checkpoints or its history are damaged, the data has changed, or the run is finished.
+
+        Warns:
+            UserWarning: If libraries or machine differ from those the run began with, or a damaged checkpoint is passed over.
+        """
+        folder = RunFolder.open(path)
+        with contextlib.ExitStack() as lock:
+            lock.enter_context(folder.locked())
+            folder = folder if rounds is None else folder.with_rounds(_more_rounds(folder, rounds))
+            if folder.finished_rounds() == folder.config.run.rounds:
+                remedy = f"To go on, raise them:  jaxfed resume {path} --rounds {2 * folder.config.run.rounds}."
+                raise ValueError(f"The run {path} is finished: it has done all its {folder.config.run.rounds} rounds. {remedy}")
+            run = cls(folder, *_restored(folder))
+            run._lock = lock.pop_all()
+        return run
+
+    @property
+    def done(self) -> int:
+        """Rounds done."""
+        return int(self.state.round)
+
+    def train(self) -> Iterator[list[Row]]:
+        """Trains up to the config's rounds and yields the rows of every compiled call once they are on the disk."""
+        section, simulation = self.folder.config.run, self.built.simulation
+        every = section.checkpoint_every or section.eval_every or simulation.chunk
+        chunks = simulation.chunks(
+            self.state, rounds=section.rounds - self.done, eval_every=section.eval_every, eval_data=self.built.test
+        )
+        begin = time.perf_counter()
+        for state, reports in chunks:
+            before, self.state = self.done, state
+            rows = [row_of(report) for report in reports]
+            self._history.append(rows)
+            if self.done // every > before // every or self.done == section.rounds:
+                self.save()
+            self._note_time(before, time.perf_counter() - begin)
+            yield rows
+            begin = time.perf_counter()
+
+    def save(self) -> None:
+        """Writes a checkpoint that knows how the history was at that moment."""
+        notes = {"history": self._history.mark, "config": self.folder.origin["config"]}
+        save_run(self.state, self.folder.checkpoints, notes=notes)
+
+    def finish(self) -> Evaluation:
+        """Evaluates the final model and writes ``clients.csv`` and ``result.json``."""
+        evaluation = self.built.simulation.evaluate(self.state, self.built.test)
+        write_clients(self.folder.path / "clients.csv", evaluation, self.built.test.client_names)
+        row = {key: value if math.isfinite(value) else None for key, value in evaluation.row().items()}
+        files.write(self.folder.path / "result.json", json.dumps({"rounds": self.done} | row, indent=1) + "\n")
+        return evaluation
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._lock.close()
+
+    def _note_time(self, before: int, seconds: float) -> None:
+        note = {"from": before + 1, "to": self.done, "seconds": round(seconds, 6)}
+        with open(self.folder.path / "timings.jsonl", "a") as file:
+            file.write(json.dumps(note) + "\n")
+
+
+def load(path: str | Path) -> tuple[RunFolder, build.Built, RunState]:
+    """The newest state of a run, to be looked at; another process may go on with it.
+
+    Raises:
+        ValueError: If the folder is no run folder or has no checkpoint that is intact.
+    """
+    folder = RunFolder.open(path)
+    built = _built(folder)
+    checkpoint = newest(folder.checkpoints)
+    if checkpoint is None:
+        raise ValueError(f"The run {path} has no checkpoint yet. Go on with  jaxfed resume {path}.")
+    return folder, built, checkpoint.load(_initial(folder, built))
+
+
+def write_clients(path: Path, evaluation: Evaluation, names: Any) -> None:
+    """A CSV file with a line for each client: number, name, rows, metrics; a client without rows has empty metrics."""
+    rows = [{"client": row.pop("client"), "name": name} | row for row, name in zip(evaluation.table(), names.tolist())]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({key: "" if value != value else value for key, value in row.items()} for row in rows)
+    files.write(path, text.getvalue())
+
+
+def _more_rounds(folder: RunFolder, rounds: int) -> int:
+    done = max((int(p.name) for p in folder.checkpoints.glob("*") if p.name.isdecimal()), default=0)
+    if rounds < done:
+        raise ValueError(f"--rounds {rounds}: the run {folder.path} has done {done} rounds already. Give {done + 1} or more.")
+    return rounds
+
+
+def _restored(folder: RunFolder) -> tuple[build.Built, RunState, HistoryFile]:
+    _warn_of_differences(folder)
+    built = _built(folder)
+
+    def accept(checkpoint: Checkpoint) -> None:
+        if checkpoint.notes["config"] != folder.origin["config"]:
+            raise ValueError(f"Checkpoint {checkpoint.folder} belongs to another run.")
+        check_mark(folder.history, checkpoint.notes["history"])
+
+    state, size = _initial(folder, built), 0
+    checkpoint = newest(folder.checkpoints, accept)
+    if checkpoint is not None:
+        state, size = checkpoint.load(state), checkpoint.notes["history"]["size"]
+    return built, state, HistoryFile.cut(folder.history, size)
+
+
+def _built(folder: RunFolder) -> build.Built:
+    built = build.build(folder.config)
+    if built.digest != folder.origin["data"]:
+        raise ValueError(f"data: the data set {folder.config.data.name!r} has changed since the run {folder.path} began.")
+    return built
+
+
+def _initial(folder: RunFolder, built: build.Built) -> RunState:
+    return built.simulation.init(key=jax.random.key(folder.config.run.seed))
+
+
+def _warn_of_differences(folder: RunFolder) -> None:
+    if changed := differences(folder.origin["environment"], environment()):
+        text = f"The run began in another environment ({'; '.join(changed)}), so its last digits may differ."
+        warnings.warn(text, stacklevel=3)
