@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jaxfed import part, trees
 from jaxfed.base import Params
-from jaxfed.optimizer.momentum import Resettable, average, move_by_sign
+from jaxfed.optimizer.momentum import Resettable, move_by_sign, wide_zeros
 
 
 def _divide(gradients: Params, roots: Params) -> Params:
@@ -90,7 +90,7 @@ class Adagrad(Resettable):
 
     def init(self, params: Params) -> Params:
         """A sum of ``init_v``."""
-        return trees.full_like(trees.widen(params), self.init_v)
+        return trees.full_like(wide_zeros(params), self.init_v)
 
     def update(self, updates: Params, state: Params, params: Params | None = None) -> tuple[Params, Params]:
         """Adds the squares, then divides."""
@@ -142,12 +142,12 @@ class RMSProp(Resettable):
 
     def init(self, params: Params) -> Params:
         """A mean of ``init_v``."""
-        return trees.full_like(trees.widen(params), self.init_v)
+        return trees.full_like(wide_zeros(params), self.init_v)
 
     def update(self, updates: Params, state: Params, params: Params | None = None) -> tuple[Params, Params]:
         """Averages the squares, then divides."""
         gradients = trees.widen(updates)
-        mean = average(self.beta, state, trees.square(gradients))
+        mean = trees.average(self.beta, state, trees.square(gradients))
         scaled = _divide(gradients, _roots(mean, self.eps, self.eps_root))
         return trees.cast_like(scaled, updates), mean
 
@@ -195,15 +195,15 @@ class Moments(Resettable):
 
     def init(self, params: Params) -> MomentsState:
         """Moments of ``init_m`` and ``init_v``."""
-        wide = trees.widen(params)
-        m, v = trees.full_like(wide, self.init_m), trees.full_like(wide, self.init_v)
-        return MomentsState(jnp.zeros((), jnp.int32), m, v, trees.zeros_like(wide) if self.amsgrad else ())
+        zeros = wide_zeros(params)
+        m, v = trees.full_like(zeros, self.init_m), trees.full_like(zeros, self.init_v)
+        return MomentsState(jnp.zeros((), jnp.int32), m, v, zeros if self.amsgrad else ())
 
     def update(self, updates: Params, state: MomentsState, params: Params | None = None) -> tuple[Params, MomentsState]:
         """Moves both moments, then divides the first by the root of the second."""
         gradients = trees.widen(updates)
         steps = state.steps + 1
-        m = average(self.beta_1, state.m, gradients)
+        m = trees.average(self.beta_1, state.m, gradients)
         v = self.move(state.v, trees.square(gradients))
         roots, v_max = self._denominator(v, state.v_max, steps + self.step_offset)
         mean = m if self.bias_correction == "none" else _correct(self.beta_1, steps + self.step_offset, m)
@@ -253,7 +253,7 @@ class Adam(Moments):
     Example:
         >>> module = Adam(eps=0.0)
         >>> update, _ = module.update(jnp.array([3.0, -4.0]), module.init(jnp.zeros(2)))
-        >>> print(update)
+        >>> print(update.round(3))
         [ 1. -1.]
 
     References:
@@ -267,7 +267,7 @@ class Adam(Moments):
 
     def move(self, v: Params, squares: Params) -> Params:
         """The running mean of squares."""
-        return average(self.beta_2, v, squares)
+        return trees.average(self.beta_2, v, squares)
 
     @classmethod
     def optax(cls, beta_1: float = 0.9, beta_2: float = 0.999, eps: float = 1e-8, amsgrad: bool = False) -> Self:
@@ -295,7 +295,7 @@ class Yogi(Moments):
     Example:
         >>> module = Yogi(eps=0.0)
         >>> update, _ = module.update(jnp.array([3.0, -4.0]), module.init(jnp.zeros(2)))
-        >>> print(update)
+        >>> print(update.round(3))
         [ 1. -1.]
 
     References:

@@ -27,20 +27,6 @@ def wide_zeros(params: Params) -> Params:
     return trees.zeros_like(trees.widen(params))
 
 
-def average(decay: Any, old: Params, new: Params) -> Params:
-    """``decay * old + (1 - decay) * new``, in shares that add up to 1: a mean of equal values is that value, for ever.
-
-    With 0.999 and 0.001 rounded each by itself, float32 would settle 1.3e-5 too high.
-    """
-
-    def mix(x: jax.Array, y: jax.Array) -> jax.Array:
-        keep, share = trees.cast(decay, x), trees.cast(1 - decay, x)
-        rest = (1 - keep) - share
-        return keep * x + (rest * x + share * y)
-
-    return jax.tree.map(mix, old, new)
-
-
 class Momentum(Resettable):
     r"""Heavy-ball momentum as in PyTorch: no dampening, the learning rate stays outside. Equals ``optax.trace``.
 
@@ -108,7 +94,7 @@ class EWMA(Resettable):
 
     def update(self, updates: Params, state: Params, params: Params | None = None) -> tuple[Params, Params]:
         """The new mean."""
-        mean = average(self.beta, state, trees.widen(updates))
+        mean = trees.average(self.beta, state, trees.widen(updates))
         return trees.cast_like(mean, updates), mean
 
 
