@@ -1,7 +1,7 @@
 """The golden records: outputs of declearn 2.9.1 in float64, for the same six gradients and weights.
 
-Records are read when tests are collected, so that each is a test of its own; without the file there are none, and tests that ask for
-them are skipped.
+Records are read when tests are collected, so that each is a test of its own; without the file there are none, and tests that
+ask for them are skipped.
 """
 
 import json
@@ -13,7 +13,7 @@ import pytest
 
 FILE = Path(__file__).resolve().parents[1] / ".." / "shared" / "golden" / "declearn_golden.json"
 RECORDS: dict[str, Any] = json.loads(FILE.read_text()) if FILE.exists() else {}
-needs_golden = pytest.mark.skipif(not RECORDS, reason="needs the golden records that lie beside the project's folder in development")
+needs_golden = pytest.mark.skipif(not RECORDS, reason="needs the golden records beside the project's folder")
 
 TOLERANCES = {"float64": 1e-12, "float32": 2e-6}
 

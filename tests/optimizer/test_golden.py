@@ -1,5 +1,7 @@
 """Parity with declearn 2.9.1 in float64 and float32: step by step, jitted, vmapped and scanned."""
 
+import itertools
+
 import golden
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,6 @@ import numpy as np
 import pytest
 
 from jaxfed import part
-from jaxfed.optimizer import schedules as _  # registers the schedules
 
 pytestmark = golden.needs_golden
 MODES = ("eager", "jit", "vmap", "scan")
@@ -31,20 +32,20 @@ def run_loop(module, gradients, weights, step):
 
 
 def run_scan(module, gradients, weights):
+    """From stacked trees to stacked outputs."""
+
     def body(state, now):
         output, state = module.update(now[0], state, now[1])
         return state, output
 
-    state = jax.tree.map(jnp.asarray, module.init(weights[0]))
-    outputs = jax.lax.scan(body, state, (stack(gradients), stack(weights)))[1]
-    return [row(outputs, i) for i in range(len(gradients))]
+    state = jax.tree.map(jnp.asarray, module.init(row(weights, 0)))
+    return jax.lax.scan(body, state, (gradients, weights))[1]
 
 
 def run_vmap(module, gradients, weights):
     """Two lanes, of which the first runs on other data."""
-    lanes = [stack([jax.tree.map(lambda x: x + 1, tree), tree]) for tree in (*gradients, *weights)]
-    outputs = jax.vmap(lambda g, w: run_loop(module, g, w, update))(lanes[: len(gradients)], lanes[len(gradients) :])
-    return [row(output, 1) for output in outputs]
+    lanes = [jax.tree.map(lambda x: jnp.stack([x + 1, x]), tree) for tree in (gradients, weights)]
+    return row(jax.vmap(run_scan, in_axes=(None, 0, 0))(module, *lanes), 1)
 
 
 def update(module, g, state, w):
@@ -52,9 +53,10 @@ def update(module, g, state, w):
 
 
 def run(mode, module, gradients, weights):
-    if mode in ("vmap", "scan"):
-        return {"vmap": run_vmap, "scan": run_scan}[mode](module, gradients, weights)
-    return run_loop(module, gradients, weights, jax.jit(update) if mode == "jit" else update)
+    if mode in ("eager", "jit"):
+        return run_loop(module, gradients, weights, jax.jit(update) if mode == "jit" else update)
+    outputs = jax.jit(run_vmap if mode == "vmap" else run_scan)(module, stack(gradients), stack(weights))
+    return [row(outputs, i) for i in range(len(gradients))]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,8 +79,8 @@ def test_regularizer(record, mode, dtype):
         regularizer = part.build("regularizer", (record["name"], {"alpha": record["alpha"]}))
         gradients, weights = golden.sequence("grads", dtype), golden.sequence("weights", dtype)
         starts = [*record["on_round_start_before_steps"], len(gradients)]
-        rounds = [run(mode, regularizer, gradients[a:b], weights[a:b]) for a, b in zip(starts, starts[1:])]
-        for output, expected in zip(sum(rounds, []), record["outputs"], strict=True):
+        rounds = (run(mode, regularizer, gradients[a:b], weights[a:b]) for a, b in itertools.pairwise(starts))
+        for output, expected in zip(itertools.chain(*rounds), record["outputs"], strict=True):
             golden.assert_close(output, expected, dtype)
 
 
