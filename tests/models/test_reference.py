@@ -11,15 +11,18 @@ import pytest
 
 from jaxfed.models import layers, reference
 
-KEY = jax.random.key(0)
 RNG = np.random.default_rng(0)
 IMAGES = {"x": RNG.integers(0, 256, (4, 28, 28)).astype("uint8"), "y": np.array([0, 3, 1, 9])}
 
 
 def _weights(model):
     """Normal weights in the model's shapes: quicker than compiling its initializers."""
-    params, _ = jax.eval_shape(model.init, KEY)
+    params, _ = jax.eval_shape(model.init, _key())
     return jax.tree.map(lambda x: jnp.asarray(RNG.normal(0, 0.05, x.shape), x.dtype), params)
+
+
+def _key(seed=0):
+    return jax.random.key(seed)
 
 
 def _batch(sample):
@@ -36,14 +39,14 @@ def _batch(sample):
     ],
 )
 def test_sizes_are_the_papers(name, options, size):
-    params, stats = jax.eval_shape(reference.build_model(name, IMAGES, **options).init, KEY)
+    params, stats = jax.eval_shape(reference.build_model(name, IMAGES, **options).init, _key())
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == size
     assert stats == {}
 
 
 def test_kernels_begin_glorot_uniform_and_biases_at_zero():
     sample = {"x": np.zeros((1, 60)), "y": np.zeros(1, int)}
-    params, _ = jax.jit(reference.mlp(sample, hidden=(90,), classes=2).init)(KEY)
+    params, _ = jax.jit(reference.mlp(sample, hidden=(90,), classes=2).init)(_key())
     kernel, limit = params["Dense_0"]["kernel"], np.sqrt(6 / (60 + 90))
     assert 0.99 * limit < jnp.abs(kernel).max() <= limit
     assert abs(kernel.std() / (limit / np.sqrt(3)) - 1) < 0.03  # 5 sigma of 5,400 uniform draws
@@ -67,10 +70,10 @@ def _emnist_forward(params, x):
     for layer in ("Conv_0", "Conv_1"):
         numbers = ("NHWC", "HWIO", "NHWC")
         x = jax.lax.conv_general_dilated(x, params[layer]["kernel"], (1, 1), "VALID", dimension_numbers=numbers)
-        x = jnp.maximum(x + params[layer]["bias"], 0)
+        x = jnp.maximum(x + params[layer]["bias"].reshape(1, 1, 1, -1), 0)
     x = nn.max_pool(x, (2, 2), (2, 2)).reshape(len(x), -1)
-    x = jnp.maximum(x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"], 0)
-    return x @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"]
+    x = jnp.maximum(x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None], 0)
+    return x @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"][None]
 
 
 def test_emnist_cnn_and_its_gradient_equal_plain_lax():
@@ -81,7 +84,7 @@ def test_emnist_cnn_and_its_gradient_equal_plain_lax():
         logits = _emnist_forward(params, batch["x"][..., None] / 255.0)
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
 
-    value, gradient = jax.jit(jax.value_and_grad(lambda p: model.loss(p, stats, batch, KEY)[0].mean()))(params)
+    value, gradient = jax.jit(jax.value_and_grad(lambda p: model.loss(p, stats, batch, _key())[0].mean()))(params)
     expected, expected_gradient = jax.jit(jax.value_and_grad(plain))(params)
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), gradient, expected_gradient)
@@ -90,19 +93,19 @@ def test_emnist_cnn_and_its_gradient_equal_plain_lax():
 def test_emnist_cnn_drops_out_in_training_only():
     model, batch = reference.emnist_cnn(IMAGES), _batch(IMAGES)
     params, stats = _weights(model), {}
-    one, other = jax.jit(jax.vmap(lambda key: model.loss(params, stats, batch, key)[0]))(jax.random.split(KEY))
+    one, other = jax.jit(jax.vmap(lambda key: model.loss(params, stats, batch, key)[0]))(jax.random.split(_key()))
     assert not np.allclose(one, other)
     still = reference.emnist_cnn(IMAGES, dropout=(0, 0))
-    expected = jax.jit(still.loss)(params, stats, batch, KEY)[0]
+    expected = jax.jit(still.loss)(params, stats, batch, _key())[0]
     np.testing.assert_allclose(jax.jit(model.loss)(params, stats, batch, None)[0], expected, rtol=1e-5)
 
 
 def test_logistic_regression_begins_at_the_uniform_guess():
     model = reference.logistic_regression(IMAGES)
-    params, stats = jax.jit(model.init)(KEY)
+    params, stats = jax.jit(model.init)(_key())
     batch = _batch(IMAGES)
     np.testing.assert_allclose(model.metrics(params, stats, batch)["loss"], np.log(10), rtol=1e-6)
-    gradient = jax.grad(lambda p: model.loss(p, stats, batch, KEY)[0].mean())(params)
+    gradient = jax.grad(lambda p: model.loss(p, stats, batch, _key())[0].mean())(params)
     x = IMAGES["x"].reshape(4, -1) / 255.0
     residual = (0.1 - np.eye(10)[IMAGES["y"]]) / 4
     np.testing.assert_allclose(gradient["Dense_0"]["kernel"], x.T @ residual, rtol=1e-4, atol=1e-6)
@@ -111,7 +114,7 @@ def test_logistic_regression_begins_at_the_uniform_guess():
 def test_mlp_equals_its_formula():
     sample = {"x": RNG.normal(size=(5, 3)).astype("float32"), "y": np.array([0, 1, 2, 3, 1])}
     model = reference.mlp(sample, hidden=[6, 4])
-    params, stats = jax.jit(model.init)(KEY)
+    params, stats = jax.jit(model.init)(_key())
     x = sample["x"]
     for layer in ("Dense_0", "Dense_1"):
         x = np.maximum(x @ np.asarray(params[layer]["kernel"]), 0)
