@@ -1,13 +1,16 @@
 """From a config to the things it names: data, model, algorithm, simulation. Errors begin with the path of a key."""
 
+import contextlib
 import hashlib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxfed import checks, part
 from jaxfed.algorithms import RECIPES, accepted_options, build_recipe
@@ -91,15 +94,15 @@ def split(config: RunConfig, whole: FederatedData) -> tuple[FederatedData, Feder
     """Training and test rows of every client.
 
     Raises:
-        ValueError: If no client has a row left for testing.
+        ValueError: If no client has a row to spare.
     """
     fraction = config.data.test_fraction
     if not fraction:
         return whole, whole
     train, test = whole.split(fraction, seed=config.run.seed)
     if test.num_examples == 0:
-        largest = f"the largest client has {whole.max_size} rows"
-        raise ValueError(f"data.test_fraction: {fraction} leaves no rows for testing ({largest}). Raise it, or set 0.")
+        remedy = "Deal them to fewer clients, or set 0 to evaluate on the training rows."
+        raise ValueError(f"data.test_fraction: every client has one row, which leaves none for testing. {remedy}")
     return train, test
 
 
@@ -117,23 +120,12 @@ def model(config: RunConfig, whole: FederatedData) -> Model:
 def algorithm(config: RunConfig, model: Model) -> Algorithm:
     """The recipe, or the parts put together."""
     section = config.algorithm
-    if section.name is None:
-        return _composed(section.options, model)
-    with located("algorithm.name"):
-        checks.known_name("algorithm", section.name, RECIPES)
-    known_keys("algorithm", section.options, accepted_options(RECIPES[section.name]))
-    options = dict(section.options)
-    for rate in ("lrate", "server_lrate"):
-        if rate in options:
-            options[rate] = _optimizer(f"algorithm.{rate}", options[rate])
-    for needed in ("lrate", "batch_size"):
-        if needed not in options:
-            hint = ' (in TOML "none" takes all rows at once)' if needed == "batch_size" else ""
-            raise ValueError(f"algorithm.{needed} is missing; {section.name} needs it{hint}.")
-    try:
-        return build_recipe(section.name, model, **options)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{_culprit(section.name, model, options)}: {error}") from error
+    made = _composed(section.options, model) if section.name is None else _recipe(section.name, section.options, model)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(made):
+        name = checks.leaf_name(path)
+        if jnp.ndim(leaf) and not name.startswith("client/loss"):
+            raise ValueError(f"algorithm: {name}: expected one number, got {leaf.tolist()}. A run has one value of each.")
+    return made
 
 
 def simulation(config: RunConfig, algorithm: Algorithm, train: FederatedData) -> Simulation:
@@ -180,6 +172,24 @@ def _composed(options: Mapping[str, Any], model: Model) -> Algorithm:
         return Algorithm(LocalTraining(model, client, batches, gradient), server, aggregator)
 
 
+def _recipe(name: str, options: Mapping[str, Any], model: Model) -> Algorithm:
+    with located("algorithm.name"):
+        checks.known_name("algorithm", name, RECIPES)
+    known_keys("algorithm", options, accepted_options(RECIPES[name]))
+    options = dict(options)
+    for rate in ("lrate", "server_lrate"):
+        if rate in options:
+            options[rate] = _optimizer(f"algorithm.{rate}", options[rate])
+    for needed in ("lrate", "batch_size"):
+        if needed not in options:
+            hint = ' (in TOML "none" takes all rows at once)' if needed == "batch_size" else ""
+            raise ValueError(f"algorithm.{needed} is missing; {name} needs it{hint}.")
+    try:
+        return build_recipe(name, model, **options)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{_culprit(name, model, options)}: {error}") from error
+
+
 def _optimizer(path: str, value: Any) -> Optimizer:
     """From a rate, or from a table of an Optimizer's options."""
     names = [*Optimizer.__dataclass_fields__, *Optimizer.aliases]  # type: ignore[attr-defined]
@@ -204,11 +214,10 @@ def _culprit(name: str, model: Model, options: dict[str, Any]) -> str:
     """The path of the option without which the recipe can be built."""
     for option in options:
         rest = {key: one for key, one in options.items() if key != option}
-        try:
+        with contextlib.suppress(TypeError, ValueError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             build_recipe(name, model, **({"lrate": 0.0, "batch_size": 1} | rest))
-        except (TypeError, ValueError):
-            continue
-        return f"algorithm.{option}"
+            return f"algorithm.{option}"
     return "algorithm"
 
 

@@ -139,7 +139,7 @@ def newest(folder: str | Path, accept: Callable[[Checkpoint], None] | None = Non
     problems = []
     for path in checkpoints(folder):
         try:
-            checkpoint = inspect(path)
+            checkpoint = open_checkpoint(path)
             if accept is not None:
                 accept(checkpoint)
         except (ValueError, OSError) as error:
@@ -153,26 +153,25 @@ def newest(folder: str | Path, accept: Callable[[Checkpoint], None] | None = Non
     return None
 
 
-def inspect(path: Path) -> Checkpoint:
+def open_checkpoint(path: Path) -> Checkpoint:
     """Opens a checkpoint and compares its files with the manifest.
 
     Raises:
         ValueError: If a file is missing, cut short or altered.
     """
     manifest = files.read_json(path / _MANIFEST, "the checkpoint's manifest")
-    digest = manifest.pop("digest", None)
-    if digest != files.digest_of(manifest):
+    if manifest.pop("digest", None) != files.digest_of(manifest):
         raise ValueError(f"{path / _MANIFEST}, the checkpoint's manifest, was altered.")
+    types = {"round": int, "notes": dict, "leaves": dict, "files": dict}
+    if any(type(manifest.get(key)) is not kind for key, kind in types.items()) or manifest["round"] != int(path.name):
+        raise ValueError(f"{path / _MANIFEST} is no manifest of a checkpoint of round {int(path.name)}.")
     for name, expected in manifest["files"].items():
         file = path / name
         if not file.is_file():
             raise ValueError(f"Checkpoint {path} lacks the file {name}.")
         if files.digest_of_file(file) != expected:
             raise ValueError(f"Checkpoint {path} is damaged: {name} was cut short or altered.")
-    checkpoint = Checkpoint(path, manifest["round"], manifest["notes"], manifest["leaves"])
-    if checkpoint.round != int(path.name):
-        raise ValueError(f"Checkpoint {path} was renamed: it is of round {checkpoint.round}.")
-    return checkpoint
+    return Checkpoint(path, manifest["round"], manifest["notes"], manifest["leaves"])
 
 
 def _write_manifest(folder: Path, round: int, notes: dict, leaves: Leaves) -> None:

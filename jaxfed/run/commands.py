@@ -157,6 +157,9 @@ def _train(run: Run) -> int:
     except KeyboardInterrupt:
         print(f"Stopped after round {run.done}. Go on with  jaxfed resume {path}", file=sys.stderr)
         return _INTERRUPTED
+    except OSError:
+        print(f"Stopped after round {run.done}. When there is room, go on with  jaxfed resume {path}", file=sys.stderr)
+        raise
     rows = "test" if run.built.test is not run.built.simulation.data else "training"
     console.print(show.results(evaluation, f"After {rounds} rounds, on the {rows} rows"))
     console.print(f"Picture: {_short(picture)}\nHistory, checkpoints, results by client: {path}")

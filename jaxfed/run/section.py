@@ -101,6 +101,8 @@ class Section:
         for field in self._fields():
             where = f"{self.path}.{field.name}".removeprefix(".")
             object.__setattr__(self, field.name, field.metadata["check"](where, getattr(self, field.name)))
+        for name in {field.name for field in self._fields()}.intersection(getattr(self, "options", ())):
+            raise ValueError(f"{self.path}.{name}: expected options of the part, got a key of the section.")
 
     @classmethod
     def of(cls, value: Any) -> Self:
