@@ -29,8 +29,8 @@ class FromOptax(OptiModule):
     An Optimizer subtracts its modules' updates, but a complete optimizer of optax (``optax.adam``, not ``scale_by_adam``) returns
     updates to be added. The rule is: a factory with a parameter ``learning_rate`` descends, and its updates are negated, so that
     ``Optimizer(lrate=1.0, modules=[FromOptax("adam", learning_rate=0.1)])`` steps exactly as ``optax.adam(0.1)``. Everything
-    else passes as it is. So does a ready-made transformation, as nothing tells what it does: ``FromOptax(optax.adam(0.1))``
-    needs ``descent=True``.
+    else passes as it is. A ready-made transformation is tried on one gradient: if it steps against it, ``descent`` must be given,
+    as in ``FromOptax(optax.adam(0.1), descent=True)``; an Optimizer that climbs would be a silent mistake.
 
     Args:
         factory: The name of a factory in optax (``"adam"``, ``"contrib.prodigy"``), a function that returns a transformation, or
@@ -39,7 +39,8 @@ class FromOptax(OptiModule):
         options: The factory's arguments.
 
     Raises:
-        ValueError: If optax has no such factory, the factory no such argument, or a required one is missing.
+        ValueError: If optax has no such factory, the factory no such argument, a required one is missing, or a ready-made
+            transformation steps against the gradient and ``descent`` is not given.
         TypeError: If the factory is something else.
 
     Example:
@@ -60,6 +61,11 @@ class FromOptax(OptiModule):
 
     def __init__(self, factory: Any, descent: bool | None = None, **options: Any):
         descends = _check_factory(factory, options)
+        if descent is None and _is_ready(factory) and _goes_downhill(factory):
+            raise ValueError(
+                f"FromOptax: {checks.describe(factory)} steps against the gradient by itself, and an Optimizer subtracts what its "
+                "modules give. Say FromOptax(transformation, descent=True), with Optimizer(lrate=1.0) to step exactly as it does."
+            )
         numbers = {name: _as_leaf(f"FromOptax.{name}", value) for name, value in options.items() if _is_leaf(value)}
         settings = {name: _as_setting(value) for name, value in options.items() if name not in numbers}
         descent = descends if descent is None else checks.choice("FromOptax.descent", descent, (False, True))
@@ -171,6 +177,16 @@ def _check_factory(factory: Any, options: Mapping[str, Any]) -> bool:
     if missing := [n for n in required if n not in options]:
         raise ValueError(f"{name} needs {', '.join(missing)}.")
     return _DESCENDS.get(name, "learning_rate" in parameters)
+
+
+def _goes_downhill(transformation: Any) -> bool:
+    """Whether the first update on a plain gradient points against it."""
+    weights, gradient = jnp.ones(2), jnp.full(2, 1e3)
+    try:
+        updates, _ = transformation.update(gradient, transformation.init(weights), weights)
+        return bool(jnp.vdot(updates, gradient) < 0)
+    except Exception:  # it needs arguments that only its user has, such as the loss
+        return False
 
 
 def _is_leaf(value: Any) -> bool:

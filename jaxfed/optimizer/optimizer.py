@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import part, trees
-from jaxfed.base import CohortInfo, OptiModule, Params, RoundStart
+from jaxfed.base import CohortInfo, OptiModule, Params, Regularizer, RoundStart
 from jaxfed.optimizer.foreign import wrap_optax
 from jaxfed.optimizer.rates import rate, rates
 
@@ -70,7 +70,10 @@ class Optimizer(OptiModule, register=False):
     decay_mode: str = part.static(default="independent", choices=("independent", "scaled"))
 
     def check(self) -> None:
-        """Refuses two parts of one ``aux_name``."""
+        """Refuses two parts of one ``aux_name``, and a regularizer among the modules."""
+        for module in self.modules:
+            if isinstance(module, Regularizer):
+                raise ValueError(f"Optimizer.modules: {module.name!r} is a regularizer; put it into regularizers=[...].")
         names = [p.aux_name for p in self.parts if p.aux_name]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"Optimizer: two parts exchange the auxiliary variable {twice[0]!r}; leave one out.")

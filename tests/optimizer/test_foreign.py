@@ -72,7 +72,9 @@ def test_ready_made_transformations_pass_unless_told():
     def update(module):
         return float(module.update(jnp.ones(()), module.init(jnp.ones(())))[0])
 
-    plain, told = FromOptax(optax.sgd(0.1)), FromOptax(optax.sgd(0.1), descent=True)
+    with pytest.raises(ValueError, match="steps against the gradient by itself"):
+        FromOptax(optax.sgd(0.1))
+    plain, told = FromOptax(optax.sgd(0.1), descent=False), FromOptax(optax.sgd(0.1), descent=True)
     np.testing.assert_allclose([update(plain), update(told)], [-0.1, 0.1], rtol=1e-6)
     clip = Optimizer(1.0, modules=[optax.clip(0.5)]).modules[0]
     assert update(clip) == 0.5
@@ -133,7 +135,7 @@ def test_a_schedule_among_the_options_is_followed():
     np.testing.assert_allclose(run(module, jnp.ones((3, 1)))[0][:, 0], [1.0, 0.5, 0.25])
 
 
-@pytest.mark.parametrize("factory", [optax.adam, optax.sgd(0.1)])
+@pytest.mark.parametrize("factory", [optax.adam, optax.clip(0.1)])
 def test_what_is_no_data_has_no_config(factory):
     options = {"learning_rate": 0.1} if factory is optax.adam else {}
     with pytest.raises(ValueError, match="Name a factory of optax instead"):

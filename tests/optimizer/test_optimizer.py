@@ -99,6 +99,13 @@ def test_inside_optax_chain_and_around_optax():
     assert jax.tree.structure(outer.update(GRADIENT, outer.init(WEIGHTS), WEIGHTS)[0]) == jax.tree.structure(WEIGHTS)
 
 
+def test_complete_optax_optimizer_steps_as_it_does_alone():
+    adam = optax.adam(0.1)
+    ours = Optimizer(1.0, modules=[FromOptax(adam, descent=True)])
+    expected, _ = adam.update(GRADIENT, adam.init(WEIGHTS), WEIGHTS)
+    assert_close(ours.update(GRADIENT, ours.init(WEIGHTS), WEIGHTS)[0], expected)
+
+
 def test_learning_rate_is_swept_without_retracing():
     traces, zero = [], jnp.array(0.0)
 
@@ -178,6 +185,8 @@ BAD = {
         ValueError,
         "two parts exchange the auxiliary variable 'scaffold'",
     ),
+    "regularizer as module": (lambda: Optimizer(0.1, modules=[FedProx()]), ValueError, r"put it into regularizers=\[...\]"),
+    "complete optax optimizer": (lambda: Optimizer(0.1, modules=[optax.adam(0.1)]), ValueError, "descent=True"),
     "wrong decay mode": (lambda: Optimizer(0.1, decay_mode="l2"), ValueError, "'independent', 'scaled'"),
     "no params": (lambda: Optimizer(0.1, 0.1).update(GRADIENT, Optimizer(0.1).init(WEIGHTS)), ValueError, "needs params"),
     "no key": (lambda: Optimizer(0.1, modules=["gaussian-noise"]).init(WEIGHTS), ValueError, "seed"),
