@@ -20,7 +20,10 @@ SIZES = np.array([5, 1, 0, 12, 7, 3, 9, 4, 8])
 
 
 class Planned(Selector):
-    """Cohorts ``[R, C]`` given in advance, round after round, and how much of their work each client does."""
+    """Cohorts ``[R, C]`` given in advance, round after round, and how much of their work each client does.
+
+    The number N leaves a place empty.
+    """
 
     ids: np.ndarray = part.count()
     work: np.ndarray | float = part.number(default=1.0, at_least=0)
@@ -30,7 +33,7 @@ class Planned(Selector):
 
     def select(self, state, key, round, population):
         ids, work = (jnp.broadcast_to(x, self.ids.shape)[round % len(self.ids)] for x in (self.ids, self.work))
-        return Cohort(ids.astype(jnp.int32), jnp.ones(ids.shape, bool), work)
+        return Cohort(ids.astype(jnp.int32), ids < population, work)
 
 
 def softmax_loss(params, batch, key):

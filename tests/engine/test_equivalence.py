@@ -13,8 +13,6 @@ STEPS = 2 * -(-SIZES // 4)
 KEEP = Optimizer(0.1, modules=[("momentum", {"beta": 0.5})], keep_state=True)
 MASKED_CLIENT = LocalTraining(softmax_loss, KEEP.replace(keep_state=False), Epochs(4, epochs=2))
 MASKED = Algorithm(MASKED_CLIENT, 1.0, GradientMaskedMean("steps", 0.4))
-    LocalTraining(softmax_loss, KEEP.replace(keep_state=False), Epochs(4, epochs=2)), 1.0, GradientMaskedMean("steps", 0.4)
-)
 SERVER_MOMENTUM = Optimizer(0.5, modules=["momentum"])
 
 CASES = {
