@@ -156,6 +156,7 @@ class _Linen:
     row: jax.ShapeDtypeStruct
 
     def init(self, key: jax.Array) -> tuple[Params, Stats]:
+        # A row of zeros and not the sample's: the network stays hashable, and initializers read shapes only.
         inputs = jnp.zeros((1, *self.row.shape), self.row.dtype)
         variables = self.module.init(key, inputs, **self.flags(False, jnp.ones(1, bool)))
         variables = dict(core.unfreeze(nn.meta.unbox(variables)))
@@ -224,6 +225,7 @@ class _NNX:
         if not flags.mask and jax.tree.leaves(nnx.state(built, nnx.BatchStat)):
             name, remedy = type(built).__name__, "Let it take mask=None and hand it on: norm(x, mask=mask[:, None])."
             raise ValueError(f"{name} has batch norms but its __call__ takes no mask, so padded rows would count. {remedy}")
+        # train() and eval() set fields of the graph and leave the arrays alone, so one tree of weights serves both.
         graphs = []
         for set_mode in (built.eval, built.train):
             set_mode()

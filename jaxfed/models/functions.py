@@ -144,10 +144,11 @@ def as_model(network: Any, task: Task, rows: Rows) -> Model:
         TypeError: If the labels are of the wrong dtype.
         ValueError: If there is nothing to train, or the loss does not give one value for each example.
     """
+    # Objects rather than bound methods, which compare by identity: the Model of an equal network must hit the same programs.
     model = Model(_Init(network), _Loss(network, task), _Predict(network, task), _Metrics(network, task))
     batch = {key: jax.ShapeDtypeStruct((2, *row.shape), row.dtype) for key, row in rows.items()}
     batch["mask"] = jax.ShapeDtypeStruct((2,), jnp.dtype(bool))
-    key = jax.random.key(0)
+    key = jax.random.key(0)  # of shape alone: nothing is drawn here
     params, stats = jax.eval_shape(model.init, key)
     if not jax.tree.leaves(params):
         raise ValueError("The module has no weights to train. Check that it has layers, and that it was made for these inputs.")

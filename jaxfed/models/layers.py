@@ -72,6 +72,7 @@ def conv_general_dilated(  # the arguments are those of jax.lax, in its order
         >>> conv_general_dilated(x, kernel, (2,), "VALID", dimension_numbers=("NHC", "HIO", "NHC")).ravel()
         Array([-1., -1.], dtype=float32)
     """
+    # Flax passes out_sharding=None always; batch groups arise only in JAX's own gradients.
     if batch_group_count != 1 or out_sharding is not None:
         asked = "out_sharding" if batch_group_count == 1 else f"batch_group_count={batch_group_count}"
         raise ValueError(f"conv_general_dilated: {asked} is not computed as a matrix product. Use jax.lax.conv_general_dilated.")
@@ -124,7 +125,7 @@ def _grouped(shifts: list[jax.Array], kernel: jax.Array, options: dict) -> jax.A
 def _depthwise(shifts: list[jax.Array], kernel: jax.Array, options: dict) -> jax.Array:
     """Every channel alone: a sum over the window is 2.5 times faster than batched 1 x 1 products."""
     groups, dtype = shifts[0].shape[-1], options["preferred_element_type"]
-    weights = kernel.reshape(len(shifts), groups, -1)
+    weights = kernel.reshape(len(shifts), *(1,) * (shifts[0].ndim - 1), groups, -1)
     out = sum(s[..., None].astype(dtype or s.dtype) * w.astype(dtype or w.dtype) for s, w in zip(shifts, weights))
     return jnp.reshape(out, (*shifts[0].shape[:-1], -1))
 
@@ -153,6 +154,7 @@ def max_pool(
         >>> max_pool(jnp.array([[[1.0], [5.0], [2.0], [3.0]]]), (2,), (2,)).ravel()
         Array([5., 3.], dtype=float32)
     """
+    # Not reshape and reduce: maxima of strided slices are four times faster with their gradient on a CPU, and serve any window.
     dtype = inputs.dtype
     lowest = -jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).min
     return _pairwise(jnp.maximum, _windows(inputs, window_shape, strides, padding, lowest))
@@ -225,6 +227,7 @@ def _pad(
         if any(d != 1 for d in stretch):
             raise ValueError(f"padding={padding!r} has no meaning with an input dilation; give (low, high) pairs.")
         padding = lax.padtype_to_pads(x.shape[-1 - rank : -1], _reach(window, spread), strides, padding)
+    # lax.pad takes negative widths, which crop as they do in XLA's convolution, and spreads the entries for an input dilation.
     space = [(low, high, d - 1) for (low, high), d in zip(padding, stretch, strict=True)]
     return lax.pad(x, jnp.asarray(fill, x.dtype), [(0, 0, 0)] * (x.ndim - rank - 1) + space + [(0, 0, 0)])
 
