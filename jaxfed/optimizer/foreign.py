@@ -7,7 +7,6 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from optax import contrib
 
@@ -63,8 +62,8 @@ class FromOptax(OptiModule):
         descends = _check_factory(factory, options)
         if descent is None and _is_ready(factory) and _goes_downhill(factory):
             raise ValueError(
-                f"FromOptax: {checks.describe(factory)} steps against the gradient by itself, and an Optimizer subtracts what its "
-                "modules give. Say FromOptax(transformation, descent=True), with Optimizer(lrate=1.0) to step exactly as it does."
+                f"FromOptax: {checks.describe(factory)} steps against the gradient by itself, and an Optimizer subtracts what "
+                "its modules give. Say FromOptax(transformation, descent=True), with Optimizer(lrate=1.0) to step as it does."
             )
         numbers = {name: _as_leaf(f"FromOptax.{name}", value) for name, value in options.items() if _is_leaf(value)}
         settings = {name: _as_setting(value) for name, value in options.items() if name not in numbers}
@@ -191,7 +190,9 @@ def _goes_downhill(transformation: Any) -> bool:
 
 def _is_leaf(value: Any) -> bool:
     is_spec = isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[1], Mapping)
-    return is_spec or isinstance(value, (float, np.floating, np.ndarray, jax.Array, Part))
+    dtype = getattr(value, "dtype", None)
+    is_numbers = dtype is not None and (jnp.ndim(value) > 0 or jnp.issubdtype(dtype, jnp.floating))
+    return is_spec or is_numbers or isinstance(value, (float, jax.Array, Part))
 
 
 def _as_leaf(where: str, value: Any) -> Any:
@@ -203,7 +204,7 @@ def _as_leaf(where: str, value: Any) -> Any:
 def _as_setting(value: Any) -> Any:
     if isinstance(value, list):
         return tuple(value)
-    return value.item() if isinstance(value, np.generic) else value
+    return value.item() if hasattr(value, "dtype") else value
 
 
 def _like(new: Any, old: Any) -> Any:
