@@ -203,4 +203,4 @@ def accepted_options(recipe: Callable[..., Algorithm]) -> tuple[str, ...]:
     """
     own = recipe.__kwdefaults__ or {}
     shared = ("lrate", "batch_size", "epochs", "steps", "server_lrate", "weights")
-    return tuple(dict.fromkeys((*own, *shared)))
+    return tuple(dict.fromkeys((*(name for name in own if name not in shared), *shared)))

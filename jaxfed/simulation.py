@@ -247,9 +247,10 @@ def _trainable(params: Params) -> Params:
     if not leaves:
         raise ValueError("params: expected a tree with at least one array, got none.")
     for path, leaf in leaves:
-        if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            where = f"params, leaf {checks.leaf_name(path) or '(the whole)'}"
+        where = f"params, leaf {checks.leaf_name(path) or '(the whole)'}"
+        is_number = isinstance(leaf, float) or hasattr(leaf, "dtype")
+        if not is_number or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
             raise TypeError(f"{where}: expected floating numbers, got {checks.describe(leaf)}. Statistics go into stats=.")
         if not np.isfinite(np.asarray(leaf)).all():
-            raise ValueError(f"params, leaf {checks.leaf_name(path) or '(the whole)'}: expected finite numbers, got NaN or inf.")
+            raise ValueError(f"{where}: expected finite numbers, got NaN or inf.")
     return jax.tree.map(jnp.asarray, params)

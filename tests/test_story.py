@@ -12,8 +12,8 @@ import jaxfed
 ROOT = Path(jaxfed.__file__).parent
 STORY = """
     checks part trees permutation base
-    optimizer.rates optimizer.schedules optimizer.regularizers optimizer.momentum optimizer.adaptive optimizer.clipping optimizer.noise
-    optimizer.paired optimizer.foreign optimizer.optimizer
+    optimizer.rates optimizer.schedules optimizer.regularizers optimizer.momentum optimizer.adaptive optimizer.clipping
+    optimizer.noise optimizer.paired optimizer.foreign optimizer.optimizer
     client.batches client.gradients client.local
     server.aggregators server.selection
     engine.algorithm engine.population engine.sums engine.lanes engine.round engine.evaluation
@@ -21,8 +21,8 @@ STORY = """
     data.federated data.partition data.datasets data
     models.layers models.losses models.functions models.adapters models.reference models
     reports simulation testing
-    run.files run.environment run.section run.config run.checkpoint run.history run.export run.plots run.listing run.show run.build
-    run.folder run.training run run.commands run.cli
+    run.files run.environment run.section run.config run.checkpoint run.history run.export run.plots run.listing run.show
+    run.build run.folder run.training run run.commands run.cli
 """.split()
 HOST = STORY[STORY.index("data.federated") :]
 
@@ -69,6 +69,6 @@ def test_compiled_part_does_not_touch_numpy(module):
 
 def test_import_is_light():
     """``import jaxfed`` loads neither flax nor orbax, nor anything that is an extra."""
-    heavy = "flax orbax matplotlib rich tyro sklearn safetensors tomli_w jaxfed.run jaxfed.models".split()
+    heavy = ["flax", "orbax", "matplotlib", "rich", "tyro", "sklearn", "safetensors", "tomli_w", "jaxfed.run", "jaxfed.models"]
     code = f"import sys, jaxfed; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

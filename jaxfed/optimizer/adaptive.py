@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 import jax
 import jax.numpy as jnp
 
-from jaxfed import part, trees
+from jaxfed import checks, part, trees
 from jaxfed.base import Params
 from jaxfed.optimizer.momentum import Resettable, move_by_sign, wide_zeros
 
@@ -76,6 +76,7 @@ class Adagrad(Resettable):
     @classmethod
     def paper(cls, tau: float = 1e-3) -> Self:
         """FedAdagrad of `Reddi et al. <https://arxiv.org/abs/2003.00295>`_: a sum that starts at ``tau ** 2``, ``eps = tau``."""
+        tau = _positive_tau(tau)
         return cls(eps=tau, init_v=tau**2)
 
     @classmethod
@@ -191,6 +192,7 @@ class Moments(Resettable):
     @classmethod
     def paper(cls, beta_1: float = 0.9, beta_2: float = 0.99, tau: float = 1e-3) -> Self:
         """FedAdam and FedYogi of Reddi et al.: ``v`` starts at ``tau ** 2``, ``eps = tau``, no bias correction."""
+        tau = _positive_tau(tau)
         return cls(beta_1=beta_1, beta_2=beta_2, eps=tau, init_v=tau**2, bias_correction="none")
 
     def init(self, params: Params) -> MomentsState:
@@ -324,3 +326,7 @@ class Yogi(Moments):
     def fedscale(cls, beta_1: float = 0.9, beta_2: float = 0.99, tau: float = 1e-8) -> Self:
         """FedScale's yogi: ``v`` starts at ``tau``, not at its square; no bias correction."""
         return cls(beta_1=beta_1, beta_2=beta_2, eps=tau, init_v=tau, bias_correction="none")
+
+
+def _positive_tau(tau: Any) -> Any:
+    return checks.number("tau", tau, checks.Bounds(above=0))
