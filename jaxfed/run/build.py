@@ -5,7 +5,6 @@ import hashlib
 import inspect
 import warnings
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +28,9 @@ from jaxfed.simulation import Simulation
 
 _COMPOSED = {"client": None, "server": 1.0, "batches": None, "aggregator": "averaging", "gradient": "mean"}
 """The keys of [algorithm] without a recipe and their defaults; None must be given."""
+
+
+_traced_round = jax.jit(run_round, static_argnames=("lanes",))
 
 
 class Built(NamedTuple):
@@ -146,9 +148,9 @@ def check_round(simulation: Simulation, state: RunState) -> None:
     Raises:
         TypeError, ValueError: What the parts say.
     """
-    lanes = simulation.lanes(state.params)
+    parts = (simulation.algorithm, simulation.selector, simulation.population)
     with located("algorithm"):
-        jax.eval_shape(partial(run_round, simulation.algorithm, simulation.selector, simulation.population, lanes=lanes), state)
+        _traced_round.eval_shape(*parts, state, lanes=simulation.lanes(state.params))
 
 
 def digest_of_data(data: FederatedData) -> str:
@@ -198,6 +200,9 @@ def _optimizer(path: str, value: Any) -> Optimizer:
             return Optimizer(as_rate(path, value))
     known_keys(path, value, names)
     options = {Optimizer.aliases.get(name, name): one for name, one in value.items()}
+    for name in [name for name in ("lrate", "w_decay") if name in options]:
+        with located(f"{path}.{name}"):
+            options[name] = as_rate(f"{path}.{name}", options[name])
     for name, kind in (("regularizers", "regularizer"), ("modules", "module")):
         if isinstance(options.get(name), list):
             options[name] = [_part(f"{path}.{name}[{i}]", kind, one) for i, one in enumerate(options[name])]

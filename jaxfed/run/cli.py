@@ -53,7 +53,7 @@ def sentence(error: Exception) -> str:
     """
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}." if error.filename else f"{error.strerror}."
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = " ".join(line.strip() for line in str(error).splitlines()) or type(error).__name__
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ... (JAXFED_DEBUG=1 shows all)"
 
 

@@ -1,9 +1,12 @@
 """The commands, one class each; their fields are the arguments of the command line."""
 
+import contextlib
 import dataclasses
+import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from rich.console import Console
@@ -16,7 +19,8 @@ from jaxfed.run.plots import read_runs, save_curves
 from jaxfed.run.training import Run, load, write_clients
 
 Folder = tyro.conf.Positional[Path]
-_INTERRUPTED = 130
+INTERRUPTED = 130
+"""The exit status after Ctrl-C."""
 
 
 @dataclasses.dataclass
@@ -149,14 +153,17 @@ def _train(run: Run) -> int:
     rounds = run.folder.config.run.rounds
     console.print(_introduction(run))
     try:
-        with show.progress(console, run.done, rounds) as advance:
+        with show.progress(console, run.done, rounds) as advance, _stoppable() as asked:
             for rows in run.train():
                 advance(rows)
+                if asked and run.done < rounds:
+                    run.save()
+                    raise KeyboardInterrupt
         picture = save_curves(read_runs([run.folder.path]), run.folder.path / "curves.png")
         evaluation = run.finish()
     except KeyboardInterrupt:
         print(f"Stopped after round {run.done}. Go on with  jaxfed resume {path}", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     except OSError:
         print(f"Stopped after round {run.done}. When there is room, go on with  jaxfed resume {path}", file=sys.stderr)
         raise
@@ -164,6 +171,25 @@ def _train(run: Run) -> int:
     console.print(show.results(evaluation, f"After {rounds} rounds, on the {rows} rows"))
     console.print(f"Picture: {_short(picture)}\nHistory, checkpoints, results by client: {path}")
     return 0
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[list[int]]:
+    """Makes Ctrl-C and SIGTERM a request, which is noted in the list, so that no file is cut; a second one stops at once."""
+    asked: list[int] = []
+
+    def ask(number: int, _: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+        print("Stopping after the rounds that are under way; once more stops at once.", file=sys.stderr)
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _introduction(run: Run) -> str:

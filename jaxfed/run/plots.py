@@ -31,7 +31,7 @@ def curves(histories: Mapping[str, list[Row]]) -> Any:
 
     Example:
         >>> rows = [{"round": i, "loss": 1 / i, "update_norm": 1.0} for i in (1, 2, 3)]
-        >>> [axes.get_title() for axes in curves({"first": rows}).axes]
+        >>> [axes.get_title(loc="left") for axes in curves({"first": rows}).axes]
         ['Training loss', 'Norm of the update']
     """
     with extra("A picture"):

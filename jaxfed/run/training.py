@@ -111,9 +111,9 @@ class Run:
         )
         begin = time.perf_counter()
         for state, reports in chunks:
-            before, self.state = self.done, state
             rows = [row_of(report) for report in reports]
             self._history.append(rows)
+            before, self.state = self.done, state
             if self.done // every > before // every or self.done == section.rounds:
                 self.save()
             self._note_time(before, time.perf_counter() - begin)

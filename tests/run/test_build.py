@@ -44,6 +44,8 @@ BAD = [
     ("algorithm.lrate=none", "algorithm.lrate: expected a number, a schedule"),
     ('algorithm.lrate=["cosine-annealing", {base=-1}]', "algorithm.lrate"),
     ("algorithm.lrate={lrate=0.1, mods=[]}", "algorithm.lrate.mods: unknown key. Did you mean 'modules'?"),
+    ('algorithm.lrate={lrate=["constant", {}]}', "algorithm.lrate.lrate: constant needs rate."),
+    ("algorithm.lrate={lrate=0.1, w_decay=-1}", "algorithm.lrate.w_decay: expected a finite number at least 0, got -1."),
     ("algorithm.lrate={modules=[]}", "algorithm.lrate: optimizer needs lrate."),
     (
         'algorithm.lrate={lrate=0.1, modules=["adm"]}',
