@@ -54,7 +54,8 @@ def build(config: RunConfig) -> Built:
         TypeError, ValueError, OSError: With the path of the key that is wrong.
     """
     whole = data(config)
-    made = algorithm(config, model(config, whole))  # before the split: a label may be in the test rows alone
+    # The model sees the rows before the split: a label may be in the test rows alone.
+    made = algorithm(config, model(config, whole))
     train, test = split(config, whole)
     return Built(simulation(config, made, train), test, digest_of_data(whole))
 
@@ -110,7 +111,8 @@ def split(config: RunConfig, whole: FederatedData) -> tuple[FederatedData, Feder
 
 def model(config: RunConfig, whole: FederatedData) -> Model:
     """The reference model, made for these rows."""
-    from jaxfed.models.reference import MODELS, build_model  # Flax takes long to import, and not every command needs it
+    # Flax takes long to import, and not every command needs it.
+    from jaxfed.models.reference import MODELS, build_model
 
     with located("model.name"):
         checks.known_name("model", config.model.name, MODELS)
@@ -123,6 +125,7 @@ def algorithm(config: RunConfig, model: Model) -> Algorithm:
     """The recipe, or the parts put together."""
     section = config.algorithm
     made = _composed(section.options, model) if section.name is None else _recipe(section.name, section.options, model)
+    # Parts take arrays of values to sweep over, which a single run cannot mean.
     for path, leaf in jax.tree_util.tree_leaves_with_path(made):
         name = checks.leaf_name(path)
         if jnp.ndim(leaf) and not name.startswith("client/loss"):
@@ -154,7 +157,12 @@ def check_round(simulation: Simulation, state: RunState) -> None:
 
 
 def digest_of_data(data: FederatedData) -> str:
-    """A short digest of all rows and of whose they are."""
+    """A digest of all rows and of whose they are: a run that is resumed must find the data with which it began.
+
+    >>> rows = FederatedData.from_arrays({"y": [1, 2, 3]}, [0, 0, 1])
+    >>> digest_of_data(rows) == digest_of_data(FederatedData.from_arrays({"y": [1, 2, 3]}, [0, 1, 1]))
+    False
+    """
     digest = hashlib.sha256(data.offsets.tobytes())
     for key, array in sorted(data.arrays.items()):
         digest.update(f"{key} {array.dtype} {array.shape}".encode())
@@ -219,6 +227,7 @@ def _culprit(name: str, model: Model, options: dict[str, Any]) -> str:
     """The path of the option without which the recipe can be built."""
     for option in options:
         rest = {key: one for key, one in options.items() if key != option}
+        # A recipe's option reaches its part under another name (mu is FedProx.alpha), so the part's error cannot say.
         with contextlib.suppress(TypeError, ValueError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             build_recipe(name, model, **({"lrate": 0.0, "batch_size": 1} | rest))

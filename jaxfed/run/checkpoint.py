@@ -49,6 +49,7 @@ class Checkpoint(NamedTuple):
         """
         expected = _leaves_of(template)
         _same_leaves(f"Checkpoint {self.folder}", _described(expected), self.leaves)
+        # Orbax refuses arrays without elements; they are made anew from the template.
         stored = _read(self.folder / "state", {name: x for name, x in expected.items() if x.size})
         old = jax.tree.leaves(template)
         new = [_like(leaf, stored.get(name, empty)) for leaf, (name, empty) in zip(old, expected.items())]
@@ -90,6 +91,7 @@ def save_run(state: RunState, folder: str | Path, *, notes: Mapping[str, Any] | 
     if target.exists():
         files.discard(target)
     leaves = _leaves_of(state)
+    # Old ones go when the new one is in place: at any moment one is whole.
     with files.new_folder(target) as partial:
         _write(partial / "state", {name: x for name, x in leaves.items() if x.size})
         _write_manifest(partial, int(state.round), dict(notes or {}), leaves)
@@ -118,7 +120,11 @@ def load_run(template: RunState, folder: str | Path) -> RunState:
 
 
 def checkpoints(folder: str | Path) -> list[Path]:
-    """The checkpoints in a folder, intact or not, the newest first."""
+    """The checkpoints in a folder, intact or not, the newest first.
+
+    Args:
+        folder: As given to :func:`save_run`; it need not exist.
+    """
     found = (p for p in Path(folder).glob("*") if p.is_dir() and p.name.isdecimal())
     return sorted(found, key=lambda p: int(p.name), reverse=True)
 
@@ -162,6 +168,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     manifest = files.read_json(path / _MANIFEST, "the checkpoint's manifest")
     if manifest.pop("digest", None) != files.digest_of(manifest):
         raise ValueError(f"{path / _MANIFEST}, the checkpoint's manifest, was altered.")
+    # Whoever forges the digest too meets this check, and then the template's.
     types = {"round": int, "notes": dict, "leaves": dict, "files": dict}
     if any(type(manifest.get(key)) is not kind for key, kind in types.items()) or manifest["round"] != int(path.name):
         raise ValueError(f"{path / _MANIFEST} is no manifest of a checkpoint of round {int(path.name)}.")
@@ -193,7 +200,8 @@ def _write(folder: Path, leaves: Leaves) -> None:
         checkpointer.save(folder.resolve(), args=ocp.args.StandardSave(_numbered(leaves)))
     except OSError:
         raise
-    except Exception as error:  # Orbax reports a full disk through errors of several libraries
+    # Orbax reports a full disk through the errors of several libraries.
+    except Exception as error:
         raise OSError(f"The checkpoint {folder.parent} could not be written: {error}") from error
 
 
@@ -207,7 +215,8 @@ def _read(folder: Path, like: Leaves) -> Leaves:
 
 
 def _orbax() -> tuple[Any, Any]:
-    import orbax.checkpoint as ocp  # it takes a second to import, and only reading and writing need it
+    # It takes a second to import, and only reading and writing need it.
+    import orbax.checkpoint as ocp
 
     return ocp, ocp.Checkpointer(ocp.StandardCheckpointHandler())
 
@@ -224,6 +233,7 @@ def _leaves_of(state: RunState) -> Leaves:
 
 
 def _like(leaf: Any, value: np.ndarray) -> jax.Array:
+    # Through NumPy: an array that Orbax places on a device is committed to it, one of a fresh run is not.
     array = jnp.asarray(value)
     return jax.random.wrap_key_data(array, impl=jax.random.key_impl(leaf)) if _is_key(leaf) else array
 

@@ -156,9 +156,11 @@ def _train(run: Run) -> int:
         with show.progress(console, run.done, rounds) as advance, _stoppable() as asked:
             for rows in run.train():
                 advance(rows)
+                # Between two calls everything is on the disk, so a checkpoint can be written and no round is lost.
                 if asked and run.done < rounds:
                     run.save()
                     raise KeyboardInterrupt
+        # The result is written after the picture: a run that has one has everything.
         picture = save_curves(read_runs([run.folder.path]), run.folder.path / "curves.png")
         evaluation = run.finish()
     except KeyboardInterrupt:

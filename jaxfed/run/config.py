@@ -133,7 +133,7 @@ class RunConfig(Section):
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """From the text of a JSON file."""
+        """From the text of a JSON file, in which null is None."""
         try:
             return cls.from_dict(json.loads(text))
         except (json.JSONDecodeError, RecursionError) as error:
@@ -181,6 +181,7 @@ def change(table: Any, setting: str) -> None:
     """
     path, equals, text = (part.strip() for part in setting.partition("="))
     keys = path.split(".")
+    # A part's name in a list has no dotted key; such a list is set as a whole.
     if not equals or not all(keys):
         raise ValueError(f"--set {setting}: expected key=value with a dotted key, such as algorithm.lrate=0.1.")
     for depth, name in enumerate(keys[:-1]):
@@ -202,6 +203,7 @@ def _setting_value(setting: str, text: str) -> Any:
     try:
         return _with_none(tomllib.loads(f"value = {text}")["value"])
     except tomllib.TOMLDecodeError as error:
+        # Quotes around a bare word would have to be quoted again for the shell.
         if text and text[0] not in "[{\"'" and "\n" not in text:
             return None if text == NONE else text
         raise ValueError(f"--set {setting}: the value is no TOML: {error}.") from None

@@ -12,7 +12,11 @@ import jax
 
 
 def versions() -> dict[str, str]:
-    """The versions of Python and of the libraries that compute."""
+    """The versions of Python and of the libraries that compute.
+
+    >>> versions()["jax"] == jax.__version__
+    True
+    """
     names = ("jaxfed", "jax", "jaxlib", "optax", "flax", "numpy")
     return {"python": platform.python_version(), **{name: _version(name) for name in names}}
 
@@ -55,6 +59,7 @@ def extra(what: str) -> Iterator[None]:
 
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache folder, so that a second run starts at once. For a command, not a library."""
+    # A folder that the user has set stays.
     if jax.config.jax_compilation_cache_dir is None:  # type: ignore[attr-defined]
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(root / "jaxfed" / "xla"))
@@ -64,5 +69,6 @@ def use_compilation_cache() -> None:
 def _version(name: str) -> str:
     try:
         return metadata.version(name)
-    except metadata.PackageNotFoundError:  # run from a source folder
+    # Imported from a source folder.
+    except metadata.PackageNotFoundError:
         return "unknown"

@@ -27,6 +27,16 @@ def export_weights(state: RunState, path: str | Path) -> Path:
     Raises:
         ValueError: For another ending.
         ImportError: If the format's library is missing.
+
+    Example:
+        >>> import tempfile, jaxfed
+        >>> from flax import serialization
+        >>> data = jaxfed.FederatedData.from_arrays({"x": [[1.0]]}, [0])
+        >>> algorithm = jaxfed.fedavg(lambda params, batch, key: batch["x"] @ params, lrate=0.1, batch_size=1)
+        >>> state = jaxfed.Simulation(algorithm, data).init(np.ones(1, np.float32), key=jax.random.key(0))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     serialization.msgpack_restore(export_weights(state, Path(folder, "w.msgpack")).read_bytes())
+        {'params': array([1.], dtype=float32), 'stats': {}}
     """
     path = Path(path)
     checks.choice("The ending of the file for the weights", path.suffix, FORMATS)
@@ -37,12 +47,14 @@ def export_weights(state: RunState, path: str | Path) -> Path:
 
 def _safetensors(tree: Any) -> bytes:
     with extra("The format safetensors"):
-        from safetensors.flax import save  # the NumPy half knows no bfloat16
+        # The half of safetensors for NumPy knows no bfloat16.
+        from safetensors.flax import save
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return save({checks.leaf_name(path): jax.numpy.asarray(x) for path, x in leaves}, {"format": "flax"})
 
 
 def _msgpack(tree: Any) -> bytes:
-    from flax import serialization  # half a second to import, for this alone
+    # Half a second to import, for this alone.
+    from flax import serialization
 
     return serialization.msgpack_serialize(serialization.to_state_dict(tree))

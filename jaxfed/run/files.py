@@ -11,7 +11,8 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # Windows has no flock; there two runs in one folder are not noticed
+except ImportError:
+    # Windows has no flock; there two processes that write to one folder are not noticed.
     fcntl = None
 
 PARTIAL = ".partial-"
@@ -33,6 +34,7 @@ def write(path: Path, content: bytes | str) -> None:
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
+            # Otherwise the new name could survive a power failure and its content not.
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
@@ -46,6 +48,14 @@ def new_folder(path: Path) -> Iterator[Path]:
 
     Raises:
         FileExistsError: If there is something at ``path`` already.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with new_folder(Path(folder, "results")) as partial:
+    ...         _ = (partial / "note.txt").write_text("done")
+    ...         before = Path(folder, "results").exists()
+    ...     print(before, Path(folder, "results").exists())
+    False True
     """
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise FileExistsError(f"{path} exists already.")
@@ -58,6 +68,7 @@ def new_folder(path: Path) -> Iterator[Path]:
             for name in names:
                 _flush(Path(folder, name))
             flush_folder(Path(folder))
+        # Fails where another process has made and filled the folder meanwhile: only one of them wins.
         os.rename(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -65,7 +76,11 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 def discard(folder: Path) -> None:
-    """Removes a folder; it disappears at once, not file by file."""
+    """Removes a folder; it disappears at once, not file by file.
+
+    Args:
+        folder: A folder that exists.
+    """
     partial = _partial(folder)
     shutil.rmtree(partial, ignore_errors=True)
     os.rename(folder, partial)
@@ -82,6 +97,10 @@ def sweep_partials(folder: Path) -> None:
 def locked(path: Path, sentence: str) -> Iterator[None]:
     """Holds a lock file; the system releases it when the process ends, however it ends.
 
+    Args:
+        path: The file, which is made and stays: removing it would let others lock a file without a name.
+        sentence: What to say if it is taken.
+
     Raises:
         BlockingIOError: With the sentence, if another process holds it.
     """
@@ -97,6 +116,10 @@ def locked(path: Path, sentence: str) -> Iterator[None]:
 def read_json(path: Path, what: str) -> dict[str, Any]:
     """The table in a JSON file.
 
+    Args:
+        path: The file.
+        what: What it is, for errors: ``"which says how the run was started"``.
+
     Raises:
         ValueError: If the file is missing, no JSON, or holds something else.
     """
@@ -104,6 +127,7 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
         content = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise ValueError(f"{path.parent} has no {path.name}, {what}.") from None
+    # Thousands of open brackets exhaust the parser's stack.
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, {what}, is cut short or altered: {error}.") from None
     if not isinstance(content, dict):
@@ -128,7 +152,8 @@ def digest_of_file(path: Path) -> str:
 
 def flush_folder(folder: Path) -> None:
     """Makes sure that names which were created or renamed in a folder survive a power failure."""
-    if os.name == "posix":  # elsewhere folders cannot be opened
+    # Elsewhere folders cannot be opened.
+    if os.name == "posix":
         _flush(folder)
 
 

@@ -76,6 +76,7 @@ class RunFolder(NamedTuple):
         if origin.pop("digest", None) != files.digest_of(origin):
             raise ValueError(f"{path / 'run.json'}, {_WHAT}, was altered.")
         config = RunConfig.read(path / "config.toml")
+        # Other settings would give a run that is neither the old one nor a new one.
         if config_digest(config) != origin["config"]:
             remedy = f"Undo the change, or start anew with  jaxfed run {path / 'config.toml'} --set run.out=FOLDER."
             raise ValueError(f"{path / 'config.toml'} was changed since the run began. {remedy}")
@@ -112,7 +113,11 @@ class RunFolder(NamedTuple):
 
 
 def config_digest(config: RunConfig) -> str:
-    """Identifies all settings but how long the run is and where it lies: these may change on the way."""
+    """Identifies all settings but how long the run is and where it lies: these may change on the way.
+
+    Args:
+        config: The resolved settings.
+    """
     table = config.to_dict()
     table["run"] = {key: value for key, value in table["run"].items() if key not in ("rounds", "out")}
     return files.digest_of(table)

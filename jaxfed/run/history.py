@@ -21,6 +21,12 @@ def row_of(report: RoundReport) -> Row:
     """A round as plain data: :meth:`RoundReport.row`, and where it was evaluated the deciles over clients of each metric.
 
     Numbers that are not finite become None, which JSON has and NaN it has not.
+
+    Example:
+        >>> metrics = {"examples": np.ones(2), "steps": np.ones(2), "loss": np.array([1.0, np.nan])}
+        >>> row = row_of(RoundReport(1, np.arange(2), np.array([True, True]), metrics, update_norm=0.5))
+        >>> row["examples"], row["loss"], row["update_norm"]
+        (2, None, 0.5)
     """
     evaluation = report.evaluation
     deciles = {} if evaluation is None else {f"eval_{k}_deciles": _deciles(x) for k, x in evaluation.by_client.items()}
@@ -28,7 +34,11 @@ def row_of(report: RoundReport) -> Row:
 
 
 def line_of(row: Row) -> str:
-    """A row as a line of JSON. Floats are written with all their digits."""
+    """A row as a line of JSON. Floats are written with all their digits.
+
+    >>> line_of({"round": 1, "loss": 0.1 + 0.2})
+    '{"round": 1, "loss": 0.30000000000000004}\\n'
+    """
     return json.dumps(row, allow_nan=False) + "\n"
 
 
@@ -38,6 +48,18 @@ class HistoryFile:
     Attributes:
         path: The file.
         size: Its bytes.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "history.jsonl")
+        ...     history = HistoryFile.cut(path, 0)
+        ...     history.append([{"round": 1}])
+        ...     mark = history.mark
+        ...     history.append([{"round": 2}])
+        ...     _ = HistoryFile.cut(path, mark["size"])
+        ...     read_history(path)
+        [{'round': 1}]
     """
 
     def __init__(self, path: Path):
@@ -53,6 +75,7 @@ class HistoryFile:
     def append(self, rows: Iterable[Row]) -> None:
         """Adds rows at the end and flushes them to the disk."""
         content = "".join(map(line_of, rows)).encode()
+        # Not by write(): a history of many rounds would be copied each time. What a kill cuts is cut off at resume.
         with open(self.path, "ab") as file:
             file.write(content)
             file.flush()
@@ -98,6 +121,7 @@ def read_history(path: str | Path) -> list[Row]:
     """
     path = Path(path)
     try:
+        # splitlines() would also split at characters that JSON allows inside a text.
         lines = path.read_text("utf-8").split("\n")[:-1]
     except FileNotFoundError:
         raise ValueError(f"{path.parent} has no {path.name}, the history of a run.") from None
@@ -107,7 +131,11 @@ def read_history(path: str | Path) -> list[Row]:
 
 
 def column(rows: list[Row], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """The rounds ``[n]`` whose rows have this column, and its values ``[n]`` or ``[n, ...]``."""
+    """The rounds ``[n]`` whose rows have this column, and its values ``[n]`` or ``[n, ...]``.
+
+    >>> column([{"round": 1}, {"round": 2, "loss": 0.5}], "loss")
+    (array([2]), array([0.5]))
+    """
     chosen = [row for row in rows if name in row]
     return np.array([row["round"] for row in chosen], int), np.array([row[name] for row in chosen], float)
 

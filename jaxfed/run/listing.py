@@ -28,7 +28,8 @@ KINDS = (*list(_PARTS)[:4], *_FUNCTIONS, "models", *list(_PARTS)[4:])
 REQUIRED = "required"
 """What stands for the default of an option that has none."""
 _AS_GIVEN = "as given"
-_GIVEN = ("labels", "sample")  # what the run gives to partitions and models
+# What the run gives to partitions and models.
+_GIVEN = ("labels", "sample")
 
 
 class Entry(NamedTuple):
@@ -63,13 +64,15 @@ def entries(kind: str) -> list[Entry]:
 
 
 def _models() -> dict[str, Callable]:
-    from jaxfed.models.reference import MODELS  # Flax takes long to import, and the other lists need none
+    # Flax takes long to import, and the other lists need none.
+    from jaxfed.models.reference import MODELS
 
     return MODELS
 
 
 def _of_part(name: str, cls: type[Part]) -> Entry:
     defaults = {f.name: _default_of(f) for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
+    # The constructor decides: an optax factory takes more options than it has fields.
     options = {option: defaults.get(option, _AS_GIVEN) for option in inspect.signature(cls).parameters}
     presets = f" Presets: {', '.join(f'{name}:{preset}' for preset in cls.presets)}." if cls.presets else ""
     return Entry(name, _summary(cls) + presets, _required_first(options))
@@ -83,6 +86,7 @@ def _default_of(field: dataclasses.Field) -> str:
 
 def _options_of(function: Callable) -> dict[str, str]:
     parameters = dict(inspect.signature(function).parameters)
+    # A recipe's **options are those of fedavg.
     if function in RECIPES.values():
         shared = inspect.signature(fedavg).parameters
         parameters = {name: parameters.get(name) or shared[name] for name in accepted_options(function)}

@@ -54,7 +54,16 @@ def curves(histories: Mapping[str, list[Row]]) -> Any:
 
 
 def save_curves(histories: Mapping[str, list[Row]], path: str | Path) -> Path:
-    """Writes :func:`curves` as a PNG file."""
+    """Writes :func:`curves` as a PNG file.
+
+    Args:
+        histories: The rows of each run by its label, as :func:`read_runs` gives them.
+        path: The file.
+
+    Raises:
+        ValueError: If no run has done a round.
+        OSError: If the file cannot be written.
+    """
     buffer, path = io.BytesIO(), Path(path)
     curves(histories).savefig(buffer, format="png")
     files.write(path, buffer.getvalue())
@@ -76,6 +85,7 @@ def _panels(histories: Mapping[str, list[Row]]) -> dict[str, str]:
     """The columns to draw and their titles; evaluated metrics first, accuracy before loss."""
     names = dict.fromkeys(name for rows in histories.values() for row in rows for name in row)
     evaluated = [name.removesuffix("_deciles") for name in names if name.endswith("_deciles")]
+    # False sorts before True: losses come last.
     evaluated.sort(key=lambda name: (name.endswith("loss"), name))
     titles = {name: f"Evaluation: {name.removeprefix('eval_').replace('_', ' ')}" for name in evaluated}
     return titles | {"loss": "Training loss", "update_norm": "Norm of the update"}
@@ -86,6 +96,7 @@ def _draw_panel(axes: Any, name: str, title: str, histories: Mapping[str, list[R
         color = COLORS[number % len(COLORS)]
         dashes = ("-", "--", ":")[number // len(COLORS) % 3]
         rounds, values = column(rows, name)
+        # Markers show where the few evaluations lie, and would hide a line of many rounds.
         few = len(rounds) <= 30
         axes.plot(rounds, values, dashes, color=color, linewidth=1.6, marker="o" if few else None, markersize=3, label=label)
         _draw_band(axes, rows, f"{name}_deciles", color, 0.22 if len(histories) == 1 else 0.12)
@@ -94,6 +105,7 @@ def _draw_panel(axes: Any, name: str, title: str, histories: Mapping[str, list[R
     axes.set_xlim(left=0)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.grid(alpha=0.25, linewidth=0.6)
+    # From zero, so that the pictures of two runs can be laid side by side.
     if name.endswith("accuracy"):
         axes.set_ylim(0, 1.02)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

@@ -71,6 +71,7 @@ def plain(where: str, value: Any) -> Any:
         return {name: plain(f"{where}.{name}", one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [plain(f"{where}[{i}]", one) for i, one in enumerate(value)]
+    # JSON has no word for NaN and infinities, so they could not be written back.
     if isinstance(value, float):
         return checks.number(where, value, checks.Bounds())
     if value is not None and not isinstance(value, (bool, int, str)):

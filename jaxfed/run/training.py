@@ -88,6 +88,7 @@ class Run:
         """
         folder = RunFolder.open(path)
         with contextlib.ExitStack() as lock:
+            # Before the checkpoints are looked at: another process may be writing one.
             lock.enter_context(folder.locked())
             folder = folder if rounds is None else folder.with_rounds(_more_rounds(folder, rounds))
             if folder.finished_rounds() == folder.config.run.rounds:
@@ -109,9 +110,11 @@ class Run:
         chunks = simulation.chunks(
             self.state, rounds=section.rounds - self.done, eval_every=section.eval_every, eval_data=self.built.test
         )
+        # Clock times have a file of their own: the history is the same bytes in every repetition.
         begin = time.perf_counter()
         for state, reports in chunks:
             rows = [row_of(report) for report in reports]
+            # The history first: a checkpoint must never know of rounds that the history lacks.
             self._history.append(rows)
             before, self.state = self.done, state
             if self.done // every > before // every or self.done == section.rounds:
@@ -128,6 +131,7 @@ class Run:
     def finish(self) -> Evaluation:
         """Evaluates the final model and writes ``clients.csv`` and ``result.json``."""
         evaluation = self.built.simulation.evaluate(self.state, self.built.test)
+        # The result comes last, for it says that the run is finished.
         write_clients(self.folder.path / "clients.csv", evaluation, self.built.test.client_names)
         row = {key: value if math.isfinite(value) else None for key, value in evaluation.row().items()}
         files.write(self.folder.path / "result.json", json.dumps({"rounds": self.done} | row, indent=1) + "\n")
@@ -148,6 +152,12 @@ class Run:
 def load(path: str | Path) -> tuple[RunFolder, build.Built, RunState]:
     """The newest state of a run, to be looked at; another process may go on with it.
 
+    Args:
+        path: The run's folder.
+
+    Returns:
+        The folder, what its config names, and the state.
+
     Raises:
         ValueError: If the folder is no run folder or has no checkpoint that is intact.
     """
@@ -165,6 +175,7 @@ def write_clients(path: Path, evaluation: Evaluation, names: Any) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
     writer.writeheader()
+    # A value that differs from itself is NaN.
     writer.writerows({key: "" if value != value else value for key, value in row.items()} for row in rows)
     files.write(path, text.getvalue())
 

@@ -139,9 +139,9 @@ def wait_for_rounds(path, rounds):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_run_killed_at_random_moments_again_and_again(config, cache, tmp_path, seed):
-    longer = ["--set", "run.rounds=400", "--set", "run.eval_every=7", "--set", "run.checkpoint_every=1"]
+    longer = ["--set", "run.rounds=120", "--set", "run.eval_every=7", "--set", "run.checkpoint_every=1"]
     done(cache, "run", config, *longer, "--set", f"run.out={tmp_path / 'whole'}")
     path, draw = tmp_path / "killed", random.Random(seed)
     arguments = ["run", config, *longer, "--set", f"run.out={path}"]
@@ -161,4 +161,4 @@ def test_a_run_killed_at_random_moments_again_and_again(config, cache, tmp_path,
     assert kills > 2
     assert content(path) == content(tmp_path / "whole")
     rows = [json.loads(line) for line in (path / "history.jsonl").read_text().splitlines()]
-    assert [row["round"] for row in rows] == list(range(1, 401))
+    assert [row["round"] for row in rows] == list(range(1, 121))
