@@ -54,7 +54,11 @@ def count(*, default: Any = dataclasses.MISSING, at_least: int = 0) -> Any:
 
 
 def static(*, default: Any = dataclasses.MISSING, choices: tuple[Any, ...] | None = None) -> Any:
-    """A field that is part of the compiled program: a bool, a string, an int that sizes an array, or None."""
+    """A field that is part of the compiled program: a bool, a string, an int that sizes an array, or None.
+
+    One whose default is a bool takes bools only: the string ``"false"`` would count as true.
+    """
+    choices = (False, True) if choices is None and isinstance(default, bool) else choices
 
     def convert(where: str, value: Any) -> Any:
         value = _as_static(where, value)
@@ -289,7 +293,7 @@ def _declare_fields(cls: type) -> None:
         if isinstance(default, dataclasses.Field) or "ClassVar" in str(annotation):
             continue
         is_static = annotation in (bool, str, "bool", "str")
-        setattr(cls, name, field(_as_static if is_static else _as_leaf, default, is_static))
+        setattr(cls, name, static(default=default) if is_static else field(_as_leaf, default))
 
 
 def _accept_aliases(cls: type[Part]) -> None:

@@ -1,7 +1,7 @@
 """Simulation: many rounds, compiled in chunks, with evaluation in between."""
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import jax
@@ -69,17 +69,14 @@ class Simulation:
         self.chunk = checks.count("chunk", chunk, at_least_one)
         if data.num_examples == 0:
             raise ValueError("data: expected at least one row, got none.")
-        self._population: Population | None = None
 
-    @property
+    @cached_property
     def population(self) -> Population:
         """The data on the device, placed there when first used."""
-        if self._population is None:
-            d = self.data
-            self._population = make_population(
-                d.arrays, d.offsets[:-1], d.sizes, self.algorithm.client, self.algorithm.aggregator
-            )
-        return self._population
+        d, parts = self.data, (self.algorithm.client, self.algorithm.aggregator)
+        # Kept on the object, so it must hold arrays even if it is first asked for inside somebody's trace.
+        with jax.ensure_compile_time_eval():
+            return make_population(d.arrays, d.offsets[:-1], d.sizes, *parts)
 
     @property
     def model(self) -> Model:
@@ -253,4 +250,5 @@ def _trainable(params: Params) -> Params:
             raise TypeError(f"{where}: expected floating numbers, got {checks.describe(leaf)}. Statistics go into stats=.")
         if not np.isfinite(np.asarray(leaf)).all():
             raise ValueError(f"{where}: expected finite numbers, got NaN or inf.")
-    return jax.tree.map(jnp.asarray, params)
+    # An explicit dtype takes the weak type of a Python float away, which the first round would, at the price of a second trace.
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)

@@ -66,7 +66,7 @@ class Optimizer(OptiModule, register=False):
     w_decay: Any = rate(default=0.0)
     regularizers: tuple = part.parts("regularizer", default=())
     modules: tuple = part.parts("module", default=(), wrap=wrap_optax)
-    keep_state: bool = part.static(default=False, choices=(False, True))
+    keep_state: bool = part.static(default=False)
     decay_mode: str = part.static(default="independent", choices=("independent", "scaled"))
 
     def check(self) -> None:

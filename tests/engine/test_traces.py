@@ -90,7 +90,6 @@ def test_another_model_or_batch_size_traces_anew():
     assert traces(lambda: simulation.run(state, rounds=1)) == TRACES
 
 
-@pytest.mark.xfail(strict=True, reason="init keeps the weak type of weights, which the first round takes away")
 def test_weakly_typed_weights_trace_once():
     def scalar_loss(params, batch, key):
         return counted_loss({"w": jnp.zeros(2), "b": params}, batch, key)
@@ -141,7 +140,6 @@ def test_an_algorithm_can_be_built_from_traced_numbers():
     assert_like_separate_rounds(jax.vmap(lambda rate: one_round(make(rate)))(jnp.array(RATES)), one_round, make)
 
 
-@pytest.mark.xfail(strict=True, reason="the lazy population is cached with the tracers of the trace in which it is first used")
 def test_the_population_may_be_first_used_inside_a_trace():
     simulation, _ = start(jaxfed.fedavg(counted_loss, **OPTIONS))
     jax.jit(lambda: simulation.population.weight)()
