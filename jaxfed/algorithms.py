@@ -47,7 +47,9 @@ def fedavg(
 
 
 def fedprox(loss: Any, *, mu: float = 0.1, **options: Any) -> Algorithm:
-    r"""FedAvg whose clients add :math:`\frac{\mu}{2} \|w - w_t\|^2` to their loss.
+    r"""FedAvg whose clients are pulled towards the weights that their round began with.
+
+    Each adds :math:`\frac{\mu}{2} \|w - w_t\|^2` to its loss.
 
     Args:
         loss: As in :func:`fedavg`.

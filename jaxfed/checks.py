@@ -32,7 +32,11 @@ class Bounds:
         self.limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
 
     def __str__(self) -> str:
-        return " and ".join(f"{word} {limit:g}" for word, limit in self.limits.items() if limit is not None)
+        return " and ".join(
+            f"{word} {limit if isinstance(limit, int) else f'{limit:g}'}"
+            for word, limit in self.limits.items()
+            if limit is not None
+        )
 
     def hold(self, values: np.ndarray) -> bool:
         """Whether all values are finite and lie inside."""
@@ -74,7 +78,8 @@ def count(where: str, value: Any, bounds: Bounds) -> Any:
         raise ValueError(f"{where}: expected an integer {bounds}, got {value!r}.")
     if (values != np.round(values)).any():
         raise TypeError(f"{where}: expected an integer, got {value!r}.")
-    return int(values) if values.ndim == 0 else jnp.asarray(values, int)
+    # From the value itself: in float64 an integer above 2**53 has lost its last digits.
+    return int(np.asarray(value)) if values.ndim == 0 else jnp.asarray(value, int)
 
 
 def is_traced(value: Any) -> bool:
@@ -130,18 +135,6 @@ def instance(where: str, value: Any, expected: type[T], remedy: str = "") -> T:
     if isinstance(value, expected):
         return value
     raise TypeError(f"{where}: expected {expected.__name__}, got {describe(value)}.{' ' + remedy if remedy else ''}")
-
-
-def same_structure(what: str, expected: Any, got: Any) -> None:
-    """Raises ValueError at the first leaf where two trees differ in path, shape or dtype."""
-    old, new = (dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (expected, got))
-    for path in [*old, *new]:
-        if path not in old or path not in new:
-            word = "lacks" if path in old else "has an unexpected"
-            raise ValueError(f"{what} {word} leaf {leaf_name(path)}.")
-        if jnp.shape(old[path]) != jnp.shape(new[path]):
-            shapes = f"expected shape {jnp.shape(old[path])}, got {jnp.shape(new[path])}"
-            raise ValueError(f"{what}, leaf {leaf_name(path)}: {shapes}.")
 
 
 def leaf_name(path: Any) -> str:
