@@ -32,10 +32,8 @@ class Bounds:
         self.limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
 
     def __str__(self) -> str:
-        texts = {
-            word: limit if isinstance(limit, int) else f"{limit:g}" for word, limit in self.limits.items() if limit is not None
-        }
-        return " and ".join(f"{word} {text}" for word, text in texts.items())
+        given = [(word, limit) for word, limit in self.limits.items() if limit is not None]
+        return " and ".join(f"{word} {limit if isinstance(limit, int) else f'{limit:g}'}" for word, limit in given)
 
     def hold(self, values: np.ndarray) -> bool:
         """Whether all values are finite and lie inside."""
