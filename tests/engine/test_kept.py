@@ -7,7 +7,7 @@ import pytest
 from engine.oracle import Planned, flat, softmax_data, softmax_loss, softmax_params
 
 import jaxfed
-from jaxfed import FromOptax, OptiModule, Optimizer, Simulation, fedavg
+from jaxfed import FromOptax, Optimizer, OptiModule, Simulation, fedavg
 from jaxfed.optimizer.rates import FromSchedule
 
 OPTIONS = {"batch_size": 4, "epochs": 2}
