@@ -32,12 +32,14 @@ class Broadcast(NamedTuple):
         stats: The global statistics of the model.
         aux: Auxiliary variables by ``aux_name``.
         round: The number of the round, from 0.
+        survey: What a first pass over the same cohort found, where the algorithm asks for one.
     """
 
     params: Params
     stats: Stats
     aux: dict[str, Any]
     round: jax.Array | int
+    survey: Any = ()
 
 
 class RoundStart(NamedTuple):
@@ -50,6 +52,7 @@ class RoundStart(NamedTuple):
         round: The number of the round, from 0.
         key: A PRNG key that belongs to this client, round and part alone.
         full_gradient: ``params -> gradient`` of the mean loss over all the client's rows: a pass that costs only if called.
+        survey: What a first pass over the same cohort found, where the algorithm asks for one.
     """
 
     params: Params
@@ -58,6 +61,7 @@ class RoundStart(NamedTuple):
     round: jax.Array | int = 0
     key: jax.Array | None = None
     full_gradient: Callable[[Params], Params] | None = None
+    survey: Any = ()
 
 
 class CohortInfo(NamedTuple):
@@ -219,8 +223,11 @@ class Regularizer(OptiModule, kind="regularizer"):
 class Aggregator(Part, kind="aggregator"):
     """How the uploads of a cohort become one pseudo-gradient: ``prepare`` at each client, a sum, ``finalize`` at the server.
 
-    ``Upload``s are never seen together, so the sum streams over lanes, devices and machines alike.
+    ``Upload``s are never seen together, so the sum streams over lanes, devices and machines alike. A rule that must see them
+    together (a median) says ``stacks = True`` and defines ``combine`` instead; memory is then C models.
     """
+
+    stacks: ClassVar[bool] = False
 
     def init(self, params: Params) -> Any:
         """The state before the first round."""
@@ -244,6 +251,13 @@ class Aggregator(Part, kind="aggregator"):
         """The pseudo-gradient and the new state from the sum of the summands."""
         raise NotImplementedError(f"{type(self).__name__} defines no finalize(total, state, info).")
 
+    def combine(self, uploads: Any, weights: jax.Array) -> Any:
+        """A rule that ``stacks``: one tree from ``uploads``, leaves ``[C, ...]``, and ``weights [C]``, 0 where one does not count.
+
+        The tree holds the update, the statistics and the auxiliary variables alike, all in float32 or wider.
+        """
+        raise NotImplementedError(f"{type(self).__name__} defines no combine(uploads, weights).")
+
     def aggregate(self, updates: Params, weights: jax.Array) -> Params:
         """The rule on stacked updates, without an engine.
 
@@ -263,13 +277,15 @@ class Aggregator(Part, kind="aggregator"):
             raise ValueError(f"aggregate: expected weights [C] and leaves [C, ...], got weights {weights.shape}, leaves {got}.")
         weights = trees.widen(jnp.asarray(weights, jnp.result_type(weights, jnp.float32)))
         metrics = {"examples": weights, "steps": weights, "loss": jnp.ones_like(weights)}
-        sent = self.send(self.init(jax.tree.map(lambda x: x[0], updates)))
-        summands = jax.vmap(lambda d, m: self.prepare(Upload(d, (), {}, m), sent))(updates, metrics)
-        weight = jax.vmap(self.weigh)(metrics).sum()
-        clients = len(weights)
-        info = CohortInfo(0, clients, weight, clients, weight)
-        total = jax.tree.map(lambda x: x.sum(0, dtype=x.dtype), trees.widen(summands))
         one = jax.tree.map(lambda x: x[0], updates)
+        weighed = jax.vmap(self.weigh)(metrics)
+        if self.stacks:
+            return trees.cast_like(self.combine(trees.widen(updates), weighed), one)
+        sent = self.send(self.init(one))
+        summands = jax.vmap(lambda d, m: self.prepare(Upload(d, (), {}, m), sent))(updates, metrics)
+        clients = len(weights)
+        info = CohortInfo(0, clients, weighed.sum(), clients, weighed.sum())
+        total = jax.tree.map(lambda x: x.sum(0, dtype=x.dtype), trees.widen(summands))
         return trees.cast_like(self.finalize(total, self.init(one), info)[0], one)
 
 
@@ -312,14 +328,35 @@ class ClientUpdate(Part, kind="client"):
         """Local steps of clients with ``sizes`` rows that do ``work`` of their work; ``capacity`` is the largest size."""
         raise NotImplementedError(f"{type(self).__name__} defines no num_steps(sizes, work, capacity).")
 
+    def shared(self, params: Params) -> Params:
+        """What the server trains, with None in place of the leaves that never leave a client."""
+        return params
+
     def init_kept(self, params: Params, key: jax.Array) -> Any:
-        """What a client keeps before it first takes part."""
+        """What a client keeps before it first takes part; ``params`` are that round's global weights."""
         del params, key
         return ()
 
     def run(self, start: Broadcast, kept: Any, rows: Any, key: jax.Array) -> tuple[Upload, Any]:
         """A client's round over its rows, a :class:`~jaxfed.client.batches.ClientRows`."""
         raise NotImplementedError(f"{type(self).__name__} defines no run(start, kept, rows, key).")
+
+    def personalize(self, start: Broadcast, kept: Any, rows: Any, key: jax.Array) -> Any:
+        """What this client predicts with, from the global model, what it kept and its training rows; default: global."""
+        del kept, rows, key
+        return start.params, start.stats
+
+    def metrics(self, personal: Any, batch: Batch) -> dict[str, jax.Array]:
+        """Values ``[B]`` by name of what :meth:`personalize` gave, on a batch of this client."""
+        raise NotImplementedError(f"{type(self).__name__} defines no metrics(personal, batch).")
+
+
+class Survey(Part, kind="survey"):
+    """A first pass over a round's cohort, whose mean by the aggregator's weights joins the broadcast (Mime, FedLin)."""
+
+    def run(self, client: ClientUpdate, start: Broadcast, rows: Any, key: jax.Array) -> Any:
+        """What one client answers, a pytree."""
+        raise NotImplementedError(f"{type(self).__name__} defines no run(client, start, rows, key).")
 
 
 class Model(Part, register=False):

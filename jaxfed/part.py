@@ -73,9 +73,9 @@ def size(*, default: Any = dataclasses.MISSING, at_least: int = 1, optional: boo
     return field(convert, default, is_static=True)
 
 
-def part(kind: str, *, default: Any = dataclasses.MISSING, wrap: Callable | None = None) -> Any:
-    """A field that holds one Part of a kind, given as an instance, a name or ``(name, {hyper-parameters})``."""
-    return field(lambda where, value: build(kind, value, where, wrap), default)
+def part(kind: str, *, default: Any = dataclasses.MISSING, optional: bool = False) -> Any:
+    """A field that holds one Part of a kind, given as an instance, a name or ``(name, {hyper-parameters})``; or None."""
+    return field(lambda where, value: None if optional and value is None else build(kind, value, where), default)
 
 
 def parts(kind: str, *, default: Any = (), wrap: Callable | None = None) -> Any:

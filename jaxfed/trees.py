@@ -88,6 +88,24 @@ def select(condition: jax.Array, yes: Tree, no: Tree) -> Tree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
+def merge(partial: Tree, whole: Tree) -> Tree:
+    """The leaves of ``partial``, and those of ``whole`` where ``partial`` has None.
+
+    >>> merge({"bias": None, "kernel": 5}, {"bias": 1, "kernel": 2})
+    {'bias': 1, 'kernel': 5}
+    """
+    return jax.tree.map(lambda x, y: y if x is None else x, partial, whole, is_leaf=lambda x: x is None)
+
+
+def keep_leaves(tree: Tree, keep: Callable[[str], bool]) -> Tree:
+    """The leaves whose name satisfies ``keep``, and None in place of the others.
+
+    >>> keep_leaves({"bias": 1, "kernel": 2}, lambda name: name == "bias")
+    {'bias': 1, 'kernel': None}
+    """
+    return map_with_names(lambda name, leaf: leaf if keep(name) else None, tree)
+
+
 def all_finite(tree: Tree) -> jax.Array:
     """Whether no floating leaf holds NaN or an infinity, as a scalar bool."""
     finite = [jnp.isfinite(x).all() for x in jax.tree.leaves(tree) if _floats(x)]

@@ -53,14 +53,23 @@ class LocalTraining(ClientUpdate):
 
     def run(self, start: Broadcast, kept: Any, rows: ClientRows, key: jax.Array) -> tuple[Upload, Any]:
         """Trains from the broadcast weights and returns the upload and what is kept."""
+        params, upload, kept = self.train(start, start.params, kept, rows, key)
+        del params
+        return upload, kept
+
+    def train(self, start: Broadcast, begin: Params, kept: Any, rows: ClientRows, key: jax.Array) -> tuple[Params, Upload, Any]:
+        """Trains from the weights ``begin``, anchored at the broadcast ones: ``(end, upload, kept)``.
+
+        What wraps local training (a personal model, local leaves) calls this; ``upload.delta`` is ``begin - end``.
+        """
         optimizer_key, batch_key = jax.random.split(key)
         batches = self.batches.of(rows, batch_key)
 
         def full_gradient(params: Params) -> Params:
             return mean_over_rows(self.gradient, self.loss, params, start.stats, batches, key)
 
-        begin = RoundStart(start.params, start.stats, start.aux, start.round, optimizer_key, full_gradient)
-        carry = (start.params, start.stats, self.optimizer.start_round(kept, begin), jnp.zeros(()))
+        anchor = RoundStart(start.params, start.stats, start.aux, start.round, optimizer_key, full_gradient, start.survey)
+        carry = (begin, start.stats, self.optimizer.start_round(kept, anchor), jnp.zeros(()))
 
         def step(carry: tuple, batch: dict, key: jax.Array) -> tuple:
             params, stats, state, total = carry
@@ -69,9 +78,13 @@ class LocalTraining(ClientUpdate):
             return optax.apply_updates(params, updates), stats, state, total + loss.astype(total.dtype)
 
         params, stats, state, total = batches.fold(step, carry)
-        kept, aux = self.optimizer.end_round(state, start.params, params)
-        delta = trees.subtract(trees.widen(start.params), trees.widen(params))
-        return Upload(delta, stats, aux, metrics_of(batches, total)), kept
+        kept, aux = self.optimizer.end_round(state, begin, params)
+        delta = trees.subtract(trees.widen(begin), trees.widen(params))
+        return params, Upload(delta, stats, aux, metrics_of(batches, total)), kept
+
+    def metrics(self, personal: Any, batch: dict) -> dict[str, jax.Array]:
+        """The model's metrics with these ``(params, stats)``."""
+        return self.loss.metrics(*personal, batch)
 
 
 def metrics_of(batches: Batches, total_loss: jax.Array) -> dict[str, jax.Array]:
