@@ -252,7 +252,7 @@ class Aggregator(Part, kind="aggregator"):
         raise NotImplementedError(f"{type(self).__name__} defines no finalize(total, state, info).")
 
     def combine(self, uploads: Any, weights: jax.Array) -> Any:
-        """A rule that ``stacks``: one tree from ``uploads``, leaves ``[C, ...]``, and ``weights [C]``, 0 where one does not count.
+        """A rule that ``stacks``: one tree from ``uploads``, leaves ``[C, ...]``, and ``weights [C]``, 0 for one left out.
 
         The tree holds the update, the statistics and the auxiliary variables alike, all in float32 or wider.
         """

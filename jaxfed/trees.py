@@ -83,7 +83,7 @@ def norm(tree: Tree) -> jax.Array:
     return jnp.sqrt(sum(squares, start=jnp.zeros(())))
 
 
-def select(condition: jax.Array, yes: Tree, no: Tree) -> Tree:
+def select(condition: jax.Array | bool, yes: Tree, no: Tree) -> Tree:
     """``yes`` where the scalar condition holds, else ``no``; typed PRNG keys are leaves like others."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 

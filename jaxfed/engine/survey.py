@@ -24,7 +24,7 @@ def survey_cohort(
         rows = population.client(id, work)
         answer = trees.widen(survey.run(algorithm.client, start, rows, jax.random.fold_in(key, id)))
         steps = algorithm.client.num_steps(rows.size, work, population.capacity)
-        weight = algorithm.aggregator.weigh({"examples": rows.size.astype(float), "steps": steps.astype(float)})
+        weight = algorithm.aggregator.weigh({"examples": jnp.asarray(rows.size, float), "steps": steps.astype(float)})
         counts = valid & (steps > 0) & trees.all_finite(answer)
         share = (trees.scale(weight, answer), weight)
         return Outcome(trees.select(counts, share, trees.zeros_like(share)), kept, (), counts)
