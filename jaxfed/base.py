@@ -223,8 +223,8 @@ class Regularizer(OptiModule, kind="regularizer"):
 class Aggregator(Part, kind="aggregator"):
     """How the uploads of a cohort become one pseudo-gradient: ``prepare`` at each client, a sum, ``finalize`` at the server.
 
-    ``Upload``s are never seen together, so the sum streams over lanes, devices and machines alike. A rule that must see them
-    together (a median) says ``stacks = True`` and defines ``combine`` instead; memory is then C models.
+    Uploads are never seen together, so the sum streams over lanes, devices and machines alike. A rule that must see them
+    together (a median) says ``stacks = True`` and defines :meth:`combine` instead; memory is then C models.
     """
 
     stacks: ClassVar[bool] = False
@@ -251,19 +251,29 @@ class Aggregator(Part, kind="aggregator"):
         """The pseudo-gradient and the new state from the sum of the summands."""
         raise NotImplementedError(f"{type(self).__name__} defines no finalize(total, state, info).")
 
-    def combine(self, uploads: Any, weights: jax.Array) -> Any:
-        """A rule that ``stacks``: one tree from ``uploads``, leaves ``[C, ...]``, and ``weights [C]``, 0 for one left out.
+    def combine(self, uploads: Upload, weights: jax.Array, state: Any, info: CohortInfo) -> tuple[Upload, Any]:
+        """What a rule that ``stacks`` defines: one upload and the new state from those of the whole cohort.
 
-        The tree holds the update, the statistics and the auxiliary variables alike, all in float32 or wider.
+        The default is for rules that are sums: it prepares every update, adds up and finalizes.
+
+        Args:
+            uploads: Leaves ``[C, ...]`` in float32 or wider; zeros for a client that is left out.
+            weights: ``[C]``, 0 for a client that is left out: it may have no influence.
+            state: From :meth:`init` or the round before.
+            info: What is known of the round.
         """
-        raise NotImplementedError(f"{type(self).__name__} defines no combine(uploads, weights).")
+        sent = self.send(state)
+        summands = jax.vmap(lambda upload: trees.widen(self.prepare(upload, sent)))(uploads)
+        total = jax.tree.map(lambda x: x.sum(0, dtype=x.dtype), trees.where_rows(weights > 0, summands))
+        gradient, state = self.finalize(total, state, info)
+        return trees.weighted_mean(uploads, weights)._replace(delta=gradient), state
 
     def aggregate(self, updates: Params, weights: jax.Array) -> Params:
         """The rule on stacked updates, without an engine.
 
         Args:
             updates: Like ``params`` with a leading ``[C]``.
-            weights: ``[C]`` what each client would weigh: its examples and its steps.
+            weights: ``[C]`` what each client would weigh: its examples and its steps; 0 leaves it out.
 
         Returns:
             The aggregate, like ``params``.
@@ -277,16 +287,11 @@ class Aggregator(Part, kind="aggregator"):
             raise ValueError(f"aggregate: expected weights [C] and leaves [C, ...], got weights {weights.shape}, leaves {got}.")
         weights = trees.widen(jnp.asarray(weights, jnp.result_type(weights, jnp.float32)))
         metrics = {"examples": weights, "steps": weights, "loss": jnp.ones_like(weights)}
+        weighed = jnp.where(weights > 0, jax.vmap(self.weigh)(metrics), 0)
+        uploads = trees.where_rows(weighed > 0, Upload(trees.widen(updates), (), {}, metrics))
         one = jax.tree.map(lambda x: x[0], updates)
-        weighed = jax.vmap(self.weigh)(metrics)
-        if self.stacks:
-            return trees.cast_like(self.combine(trees.widen(updates), weighed), one)
-        sent = self.send(self.init(one))
-        summands = jax.vmap(lambda d, m: self.prepare(Upload(d, (), {}, m), sent))(updates, metrics)
-        clients = len(weights)
-        info = CohortInfo(0, clients, weighed.sum(), clients, weighed.sum())
-        total = jax.tree.map(lambda x: x.sum(0, dtype=x.dtype), trees.widen(summands))
-        return trees.cast_like(self.finalize(total, self.init(one), info)[0], one)
+        info = CohortInfo(0, len(weights), weighed.sum(), (weighed > 0).sum(), weighed.sum())
+        return trees.cast_like(self.combine(uploads, weighed, self.init(one), info)[0].delta, one)
 
 
 class Selector(Part, kind="selector"):

@@ -26,12 +26,12 @@ _KINDS: dict[str, type["Part"]] = {}
 Convert = Callable[[str, Any], Any]
 
 
-def field(convert: Convert, default: Any = dataclasses.MISSING, is_static: bool = False) -> Any:
+def field(convert: Convert, default: Any = dataclasses.MISSING, is_static: bool = False, kw_only: bool = False) -> Any:
     """A field with a rule of its own: ``convert(where, value)`` checks a value and returns what is stored."""
-    metadata = {"convert": convert, "static": is_static}
+    options: dict[str, Any] = {"metadata": {"convert": convert, "static": is_static}, "kw_only": kw_only}
     if isinstance(default, Part):  # immutable, but unhashable, which dataclasses take for mutable
-        return dataclasses.field(default_factory=lambda: default, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=lambda: default, **options)
+    return dataclasses.field(default=default, **options)
 
 
 def number(

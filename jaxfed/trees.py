@@ -88,6 +88,28 @@ def select(condition: jax.Array | bool, yes: Tree, no: Tree) -> Tree:
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
 
 
+def where_rows(keep: jax.Array, tree: Tree) -> Tree:
+    """The rows of leaves ``[C, ...]`` where ``keep [C]``, and zeros in place of the others, whatever they held.
+
+    >>> import jax.numpy as jnp
+    >>> print(where_rows(jnp.array([True, False]), jnp.array([1.0, jnp.nan])))
+    [1. 0.]
+    """
+    return jax.vmap(lambda k, row: select(k, row, zeros_like(row)))(keep, tree)
+
+
+def weighted_mean(tree: Tree, weights: jax.Array) -> Tree:
+    """The mean over the rows of leaves ``[C, ...]`` by ``weights [C]``; zeros if all weights are 0.
+
+    >>> import jax.numpy as jnp
+    >>> print(weighted_mean(jnp.array([1.0, 5.0]), jnp.array([3.0, 1.0])))
+    2.0
+    """
+    total = weights.sum()
+    shares = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1), 0)
+    return jax.tree.map(lambda x: x.sum(0), jax.vmap(scale)(shares, tree))
+
+
 def merge(partial: Tree, whole: Tree) -> Tree:
     """The leaves of ``partial``, and those of ``whole`` where ``partial`` has None.
 

@@ -38,7 +38,7 @@ def share_of(algorithm: Algorithm, upload: Upload, sent: Any, valid: jax.Array) 
     through ``where``: 0 times NaN would be NaN.
     """
     if algorithm.aggregator.stacks:
-        stacked = trees.widen((upload.delta, _floating(upload.stats), upload.aux))
+        stacked = trees.widen(upload._replace(stats=_floating(upload.stats)))
         share = (Summand((), (), {}, algorithm.aggregator.weigh(upload.metrics), jnp.ones(())), stacked)
     else:
         share = (_summand(algorithm, upload, sent), ())
@@ -51,8 +51,8 @@ def reduce_cohort(
 ) -> Reduced:
     """Finalizes the sums, or combines what was stacked ``[C, ...]``."""
     if algorithm.aggregator.stacks:
-        gradient, stats, aux = algorithm.aggregator.combine(stacked, weights)
-        return Reduced(gradient, _like_old(stats, state.stats), aux, state.aggregator)
+        one, aggregator = algorithm.aggregator.combine(stacked, weights, state.aggregator, info)
+        return Reduced(one.delta, _like_old(one.stats, state.stats), one.aux, aggregator)
     gradient, aggregator = algorithm.aggregator.finalize(total.update, state.aggregator, info)
     inverse = reciprocal(total.weight)
     aux = {name: _reduce(value, inverse, algorithm.client.aux_reductions[name]) for name, value in total.aux.items()}
