@@ -4,7 +4,7 @@ The names below come in the order of a round. Importing this loads neither flax 
 and the command in ``jaxfed.run``.
 """
 
-from jaxfed import trees
+from jaxfed import attacks, trees
 from jaxfed.algorithms import (
     adaalter,
     build_recipe,
@@ -60,6 +60,8 @@ from jaxfed.optimizer.schedules import (
 from jaxfed.part import Part, count, number, size, static
 from jaxfed.reports import Evaluation, History, RoundReport
 from jaxfed.server.aggregators import GradientMaskedMean, Mean, Sum, list_aggregators
+from jaxfed.server.geometric import Bulyan, CentredClipping, GeometricMedian, Krum
+from jaxfed.server.robust import Median, NormBound, TrimmedMean
 from jaxfed.server.selection import Everyone, Uniform
 from jaxfed.simulation import Simulation
 
@@ -72,7 +74,9 @@ __all__ = [
     "Aggregator",
     "Algorithm",
     "Broadcast",
+    "Bulyan",
     "ByLabel",
+    "CentredClipping",
     "ClientRows",
     "ClientUpdate",
     "Cohort",
@@ -89,9 +93,11 @@ __all__ = [
     "FederatedData",
     "FromOptax",
     "GaussianNoise",
+    "GeometricMedian",
     "GradientMaskedMean",
     "History",
     "InverseScaling",
+    "Krum",
     "L2Clipping",
     "L2GlobalClipping",
     "LaplaceNoise",
@@ -100,8 +106,10 @@ __all__ = [
     "LocalTraining",
     "Mean",
     "MeanGradient",
+    "Median",
     "Model",
     "Momentum",
+    "NormBound",
     "OptiModule",
     "Optimizer",
     "Part",
@@ -121,6 +129,7 @@ __all__ = [
     "Simulation",
     "Steps",
     "Sum",
+    "TrimmedMean",
     "Uniform",
     "Upload",
     "Warmup",
@@ -128,6 +137,7 @@ __all__ = [
     "Yogi",
     "YogiMomentum",
     "adaalter",
+    "attacks",
     "build_recipe",
     "count",
     "fedadagrad",

@@ -32,6 +32,14 @@ AGGREGATORS = {
     "averaging": {"by": "uniform"},
     "sum": {},
     "gradient-masked-averaging": {"by": "examples", "threshold": 0.4},
+    "median": {},
+    "trimmed-mean": {"ratio": 0.34},
+    # Of three clients two are always each other's nearest: only two together are the same in any order.
+    "krum": {"byzantine": 0, "chosen": 2, "by": "examples"},
+    "bulyan": {"byzantine": 0},
+    "geometric-median": {"smoothing": 1e-3, "iterations": 5, "by": "examples"},
+    "centred-clipping": {"radius": 2.0, "iterations": 3, "by": "steps"},
+    "norm-bounding": {"max_norm": 2.0, "by": "examples"},
 }
 
 
