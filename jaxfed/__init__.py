@@ -16,6 +16,7 @@ from jaxfed.algorithms import (
     fedyogi,
     scaffold,
 )
+from jaxfed.algorithms_personal import apfl, ditto, fedbn, fedem, fedper, fedrep, finetuned, pfedme
 from jaxfed.base import (
     Aggregator,
     Broadcast,
@@ -58,6 +59,12 @@ from jaxfed.optimizer.schedules import (
     WarmupRounds,
 )
 from jaxfed.part import Part, count, number, size, static
+from jaxfed.personal.apfl import APFL
+from jaxfed.personal.ditto import Ditto
+from jaxfed.personal.fedem import FedEM, stacked_starts
+from jaxfed.personal.finetune import Finetuned
+from jaxfed.personal.partial import LocalLeaves, norm_layers
+from jaxfed.personal.pfedme import PFedMe
 from jaxfed.reports import Evaluation, History, RoundReport
 from jaxfed.server.aggregators import GradientMaskedMean, Mean, Sum, list_aggregators
 from jaxfed.server.geometric import Bulyan, CentredClipping, GeometricMedian, Krum
@@ -66,6 +73,7 @@ from jaxfed.server.selection import Everyone, Uniform
 from jaxfed.simulation import Simulation
 
 __all__ = [
+    "APFL",
     "EWMA",
     "AdaAlterClient",
     "AdaAlterServer",
@@ -85,12 +93,15 @@ __all__ = [
     "CosineAnnealingWarmRestarts",
     "CyclicExpRange",
     "CyclicTriangular",
+    "Ditto",
     "Epochs",
     "Evaluation",
     "Everyone",
     "ExponentialDecay",
+    "FedEM",
     "FedProx",
     "FederatedData",
+    "Finetuned",
     "FromOptax",
     "GaussianNoise",
     "GeometricMedian",
@@ -103,6 +114,7 @@ __all__ = [
     "LaplaceNoise",
     "Lasso",
     "LinearDecay",
+    "LocalLeaves",
     "LocalTraining",
     "Mean",
     "MeanGradient",
@@ -112,6 +124,7 @@ __all__ = [
     "NormBound",
     "OptiModule",
     "Optimizer",
+    "PFedMe",
     "Part",
     "PiecewiseDecay",
     "Poisson",
@@ -137,22 +150,32 @@ __all__ = [
     "Yogi",
     "YogiMomentum",
     "adaalter",
+    "apfl",
     "attacks",
     "build_recipe",
     "count",
+    "ditto",
     "fedadagrad",
     "fedadam",
     "fedavg",
     "fedavgm",
+    "fedbn",
+    "fedem",
+    "fedper",
     "fedprox",
+    "fedrep",
     "fedyogi",
+    "finetuned",
     "list_aggregators",
     "list_optim_modules",
     "list_optim_regularizers",
     "list_rate_schedulers",
+    "norm_layers",
     "number",
+    "pfedme",
     "scaffold",
     "size",
+    "stacked_starts",
     "static",
     "trees",
 ]
