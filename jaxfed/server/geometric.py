@@ -41,7 +41,7 @@ class Krum(WeighingRule):
     .. math:: s_i = \sum_{j \in N_i} \lVert u_i - u_j \rVert_2^2
 
     where :math:`N_i` are the :math:`n - f - 2` clients nearest to :math:`i`, at least one. The ``chosen`` clients of the smallest
-    scores are averaged; of equal scores the first in the cohort is taken.
+    scores are averaged; of equal scores the one is taken whose squared distances to all add up to less, then the first.
 
     Args:
         byzantine: :math:`f`, how many clients may lie.
@@ -70,8 +70,7 @@ class Krum(WeighingRule):
         if self.chosen + self.byzantine > len(weights):
             what = f"krum averages chosen={self.chosen} of {len(weights)} clients, of which byzantine={self.byzantine} may lie"
             raise ValueError(f"{what}. Choose at most {len(weights) - self.byzantine}.")
-        scores = krum_scores(squared_distances(updates), weights > 0, self.byzantine)
-        best = jnp.argsort(scores, stable=True)[: self.chosen]
+        best = krum_order(squared_distances(updates), weights > 0, self.byzantine)[: self.chosen]
         return jnp.zeros_like(weights).at[best].set(weights[best])
 
 
@@ -113,7 +112,7 @@ class Bulyan(Aggregator):
         distances = squared_distances(updates)
 
         def set_best_aside(_: jax.Array, rest: jax.Array) -> jax.Array:
-            return rest.at[jnp.argmin(krum_scores(distances, rest, self.byzantine))].set(False)
+            return rest.at[krum_order(distances, rest, self.byzantine)[0]].set(False)
 
         rest = jax.lax.fori_loop(0, jnp.maximum(counts.sum() - 2 * self.byzantine, 1), set_best_aside, counts)
         return counts & ~rest
@@ -214,22 +213,24 @@ def distances_to(centre: Params, updates: Params) -> jax.Array:
     return jax.vmap(lambda one: trees.norm(trees.subtract(one, centre)))(updates)
 
 
-def krum_scores(distances: jax.Array, counts: jax.Array, byzantine: int) -> jax.Array:
-    """``[C]`` for each client that counts the sum of squared distances to its nearest, for others infinity."""
+def krum_order(distances: jax.Array, counts: jax.Array, byzantine: int) -> jax.Array:
+    """Clients ``[C]`` from the smallest Krum score to the largest, at the end those that do not count."""
     size, number = len(counts), counts.sum()
     others = counts[None, :] & ~jnp.eye(size, dtype=bool)
-    nearest = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1)
+    nearest, rank = jnp.sort(jnp.where(others, distances, jnp.inf), axis=1), jnp.arange(size)
     neighbours = jnp.minimum(jnp.maximum(number - byzantine - 2, 1), number - 1)
-    scores = jnp.where((jnp.arange(size) < neighbours)[None, :], nearest, 0).sum(1)
+    scores, totals = (jnp.where((rank < n)[None, :], nearest, 0).sum(1) for n in (neighbours, number - 1))
     # A distance that overflows is still that of a client that counts.
-    return jnp.where(counts, jnp.minimum(scores, jnp.finfo(scores.dtype).max), jnp.inf)
+    scores = jnp.where(counts, jnp.minimum(scores, jnp.finfo(scores.dtype).max), jnp.inf)
+    # With one neighbour, two that are each other's have the same score: all distances then tell which is more in the middle.
+    return jnp.lexsort((totals, scores))
 
 
 def _mean_near_median(values: jax.Array, counts: jax.Array, keep: jax.Array) -> jax.Array:
     """The mean of the ``keep`` values that are closest to their median; of two as close the smaller."""
     gaps = jnp.where(counts, jnp.abs(values - median(values, counts)), jnp.inf)
     _, nearest = jax.lax.sort((gaps, values), num_keys=2)
-    return jnp.where(jnp.arange(len(values)) < keep, nearest, 0).sum() / keep
+    return jnp.where(jnp.arange(len(values)) < jnp.minimum(keep, counts.sum()), nearest, 0).sum() / keep
 
 
 def _need_clients(name: str, got: int, factor: int, byzantine: int) -> None:

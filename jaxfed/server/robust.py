@@ -4,7 +4,7 @@ A rule by coordinates looks at one number of each client at a time, in the updat
 alike. Rules that look at whole updates are in :mod:`jaxfed.server.geometric`.
 
 Rules that stack leave out clients that the engine left out: ``n`` is how many counted, and known only as data. They give means
-over clients, so auxiliary variables that are sums (SCAFFOLD's) are refused when the algorithm is built.
+over clients, so auxiliary variables that are sums are refused when the algorithm is built.
 """
 
 from collections.abc import Callable
@@ -84,7 +84,8 @@ class TrimmedMean(CoordinateRule):
         """The mean of the values between."""
         number, rank = counts.sum(), jnp.arange(len(values))
         # 0.29 * 100 is 28.999998 in float32, and a ratio just below a half rounds up to it.
-        cut = jnp.minimum(jnp.floor(self.ratio * number * (1 + 1e-6)).astype(number.dtype), (number - 1) // 2)
+        share = jnp.floor(self.ratio * number * (1 + 1e-6)).astype(number.dtype)
+        cut = jnp.maximum(jnp.minimum(share, (number - 1) // 2), 0)
         kept = (rank >= cut) & (rank < number - cut)
         total = jnp.where(kept, _sorted(values, counts), 0).sum()
         return total / jnp.maximum(number - 2 * cut, 1)
