@@ -16,6 +16,7 @@ from jaxfed.algorithms import (
     fedyogi,
     scaffold,
 )
+from jaxfed.algorithms_corrected import feddyn, fednova
 from jaxfed.algorithms_personal import apfl, ditto, fedbn, fedem, fedper, fedrep, finetuned, pfedme
 from jaxfed.base import (
     Aggregator,
@@ -38,6 +39,7 @@ from jaxfed.data.federated import FederatedData
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.optimizer.adaptive import Adagrad, Adam, RMSProp, Yogi
 from jaxfed.optimizer.clipping import L2Clipping, L2GlobalClipping
+from jaxfed.optimizer.feddyn import FedDynClient, FedDynServer
 from jaxfed.optimizer.foreign import FromOptax
 from jaxfed.optimizer.momentum import EWMA, Momentum, YogiMomentum
 from jaxfed.optimizer.noise import GaussianNoise, LaplaceNoise
@@ -68,8 +70,9 @@ from jaxfed.personal.pfedme import PFedMe
 from jaxfed.reports import Evaluation, History, RoundReport
 from jaxfed.server.aggregators import GradientMaskedMean, Mean, Sum, list_aggregators
 from jaxfed.server.geometric import Bulyan, CentredClipping, GeometricMedian, Krum
+from jaxfed.server.normalized import FedNova
 from jaxfed.server.robust import Median, NormBound, TrimmedMean
-from jaxfed.server.selection import Everyone, Uniform
+from jaxfed.server.selection import Everyone, Stragglers, Uniform
 from jaxfed.simulation import Simulation
 
 __all__ = [
@@ -98,7 +101,10 @@ __all__ = [
     "Evaluation",
     "Everyone",
     "ExponentialDecay",
+    "FedDynClient",
+    "FedDynServer",
     "FedEM",
+    "FedNova",
     "FedProx",
     "FederatedData",
     "Finetuned",
@@ -141,6 +147,7 @@ __all__ = [
     "Selector",
     "Simulation",
     "Steps",
+    "Stragglers",
     "Sum",
     "TrimmedMean",
     "Uniform",
@@ -160,7 +167,9 @@ __all__ = [
     "fedavg",
     "fedavgm",
     "fedbn",
+    "feddyn",
     "fedem",
+    "fednova",
     "fedper",
     "fedprox",
     "fedrep",

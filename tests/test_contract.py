@@ -26,6 +26,8 @@ MODULES = {
     "scaffold-server": {"denominator": "seen"},
     "adaalter-client": {"eps": 0.5},
     "adaalter-server": {"init_v": 2.0},
+    "feddyn-client": {"alpha": 0.3},
+    "feddyn-server": {},
 }
 REGULARIZERS = {"fedprox": {"alpha": 0.3}, "lasso": {"alpha": 0.3}, "ridge": {"alpha": 0.3}}
 AGGREGATORS = {
@@ -40,6 +42,7 @@ AGGREGATORS = {
     "geometric-median": {"smoothing": 1e-3, "iterations": 5, "by": "examples"},
     "centred-clipping": {"radius": 2.0, "iterations": 3, "by": "steps"},
     "norm-bounding": {"max_norm": 2.0, "by": "examples"},
+    "fednova": {"by": "uniform"},
 }
 
 
