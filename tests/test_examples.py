@@ -52,6 +52,12 @@ def test_client_drift(load):
     assert found["scaffold"] == pytest.approx(10 / 11, abs=1e-5)
 
 
+def test_robust(load, capsys):
+    table = load("robust").main(("mean", "median"), ("sign flip",), rounds=20)
+    assert table[0] < 0.3 < 0.7 < table[1]
+    assert capsys.readouterr().out.split()[-2:] == ["median", f"{table[1, 0]:.3f}"]
+
+
 def test_every_example_is_tested():
     here = Path(__file__).read_text()
     assert all(f'"{path.stem}"' in here for path in EXAMPLES.glob("*.py"))
