@@ -26,14 +26,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
 
 from jaxfed import part, trees
-from jaxfed.base import Aggregator, Batch, Broadcast, ClientUpdate, CohortInfo, Model, Params, Upload
+from jaxfed.base import Aggregator, Broadcast, CohortInfo, Model, Params, Upload
 from jaxfed.part import Part
+from jaxfed.personal.wrapper import Wrapper
 
 MARK = "attacker"
 """The key of the data and the metric that says who attacks."""
+
+# The wrapped client gets the key that it would have had alone, and draws from the streams 0 to 2.
+_ATTACK = 3
 
 
 class Attack(Part, kind="attack"):
@@ -101,7 +104,7 @@ class GaussianUpload(Attack):
         return upload._replace(delta=trees.scale(self.std, noise))
 
 
-class Malicious(ClientUpdate):
+class Malicious(Wrapper):
     """A client update that some clients keep to and attackers spoil.
 
     Args:
@@ -113,7 +116,6 @@ class Malicious(ClientUpdate):
     """
 
     name = "malicious"
-    client: ClientUpdate = part.part("client")
     attack: Attack | None = part.part("attack", default=None, optional=True)
 
     @property
@@ -122,26 +124,9 @@ class Malicious(ClientUpdate):
         return self.client.model  # type: ignore[attr-defined]
 
     @property
-    def optimizers(self) -> tuple[Any, ...]:
-        """Those of the wrapped client."""
-        return self.client.optimizers
-
-    @property
     def aux_reductions(self) -> dict[str, Any]:
         """Those of the wrapped client."""
         return self.client.aux_reductions
-
-    def num_steps(self, sizes: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
-        """Those of the wrapped client."""
-        return self.client.num_steps(sizes, work, capacity)
-
-    def shared(self, params: Params) -> Params:
-        """As the wrapped client."""
-        return self.client.shared(params)
-
-    def init_kept(self, params: Params, key: jax.Array) -> Any:
-        """As the wrapped client."""
-        return self.client.init_kept(params, key)
 
     def run(self, start: Broadcast, kept: Any, rows: Any, key: jax.Array) -> tuple[Upload, Any]:
         """The wrapped client's round; an attacker's upload is then replaced."""
@@ -149,20 +134,15 @@ class Malicious(ClientUpdate):
             keys = ", ".join(rows.arrays)
             raise ValueError(f"Malicious: expected an array {MARK!r} in the data that is not 0 on attackers' rows, got {keys}.")
         attacks = rows.arrays[MARK][rows.start] != 0
-        # The wrapped client gets the key that it would have had alone.
-        attack_key = jax.random.fold_in(key, 1)
         upload, kept = self.client.run(start, kept, rows, key)
         if self.attack is not None:
-            upload = trees.select(attacks, trees.cast_like(self.attack(upload, attack_key), upload), upload)
+            false = self.attack(upload, jax.random.fold_in(key, _ATTACK))
+            upload = trees.select(attacks, trees.cast_like(false, upload), upload)
         return upload._replace(metrics=upload.metrics | {MARK: attacks.astype(float)}), kept
 
     def personalize(self, start: Broadcast, kept: Any, rows: Any, key: jax.Array) -> Any:
         """As the wrapped client: an attack is on others."""
         return self.client.personalize(start, kept, rows, key)
-
-    def metrics(self, personal: Any, batch: Batch) -> dict[str, jax.Array]:
-        """As the wrapped client."""
-        return self.client.metrics(personal, batch)
 
 
 class ALittleIsEnough(Aggregator, register=False):

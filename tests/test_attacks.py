@@ -109,6 +109,29 @@ def test_noise_is_that_of_the_clients_key():
     first, again, other = (send(jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).min() > 1e-3
+    # Streams 0 and 1 of the same key order the batches, 2 is a personal model's.
+    plain = Upload(start.params, {}, {}, {})
+    for stream in range(3):
+        assert np.abs(first - GaussianUpload()(plain, jax.random.fold_in(jax.random.key(0), stream)).delta).min() > 1e-3
+
+
+class Keeper(jaxfed.ClientUpdate, register=False):
+    """A client with answers of its own."""
+
+    aux_reductions = {"total": "mean"}
+
+    def shared(self, params):
+        return params[:1]
+
+    def personalize(self, start, kept, rows, key):
+        return kept
+
+
+def test_what_is_no_upload_stays_the_wrapped_clients():
+    client = Malicious(Keeper(), SignFlip())
+    assert client.personalize(None, 7, None, None) == 7
+    assert client.shared([1, 2]) == [1]
+    assert client.aux_reductions == {"total": "mean"}
 
 
 def test_label_flip_is_on_attackers_rows_alone():
