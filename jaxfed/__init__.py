@@ -16,7 +16,7 @@ from jaxfed.algorithms import (
     fedyogi,
     scaffold,
 )
-from jaxfed.algorithms_corrected import feddyn, fednova
+from jaxfed.algorithms_corrected import afl, feddyn, fednova, mime, mimelite, qfedavg
 from jaxfed.algorithms_personal import apfl, ditto, fedbn, fedem, fedper, fedrep, finetuned, pfedme
 from jaxfed.base import (
     Aggregator,
@@ -33,14 +33,16 @@ from jaxfed.base import (
     Upload,
 )
 from jaxfed.client.batches import ClientRows, Epochs, Poisson, Steps
-from jaxfed.client.gradients import MeanGradient
+from jaxfed.client.gradients import SVRG, MeanGradient
 from jaxfed.client.local import LocalTraining
+from jaxfed.client.surveys import FullGradient
 from jaxfed.data.federated import FederatedData
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.optimizer.adaptive import Adagrad, Adam, RMSProp, Yogi
 from jaxfed.optimizer.clipping import L2Clipping, L2GlobalClipping
 from jaxfed.optimizer.feddyn import FedDynClient, FedDynServer
 from jaxfed.optimizer.foreign import FromOptax
+from jaxfed.optimizer.mime import MimeAdam, MimeClient, MimeServer
 from jaxfed.optimizer.momentum import EWMA, Momentum, YogiMomentum
 from jaxfed.optimizer.noise import GaussianNoise, LaplaceNoise
 from jaxfed.optimizer.optimizer import Optimizer, list_optim_modules, list_optim_regularizers, list_rate_schedulers
@@ -69,6 +71,7 @@ from jaxfed.personal.partial import LocalLeaves, norm_layers
 from jaxfed.personal.pfedme import PFedMe
 from jaxfed.reports import Evaluation, History, RoundReport
 from jaxfed.server.aggregators import GradientMaskedMean, Mean, Sum, list_aggregators
+from jaxfed.server.fair import Agnostic, QFair
 from jaxfed.server.geometric import Bulyan, CentredClipping, GeometricMedian, Krum
 from jaxfed.server.normalized import FedNova
 from jaxfed.server.robust import Median, NormBound, TrimmedMean
@@ -78,11 +81,13 @@ from jaxfed.simulation import Simulation
 __all__ = [
     "APFL",
     "EWMA",
+    "SVRG",
     "AdaAlterClient",
     "AdaAlterServer",
     "Adagrad",
     "Adam",
     "Aggregator",
+    "Agnostic",
     "Algorithm",
     "Broadcast",
     "Bulyan",
@@ -109,6 +114,7 @@ __all__ = [
     "FederatedData",
     "Finetuned",
     "FromOptax",
+    "FullGradient",
     "GaussianNoise",
     "GeometricMedian",
     "GradientMaskedMean",
@@ -125,6 +131,9 @@ __all__ = [
     "Mean",
     "MeanGradient",
     "Median",
+    "MimeAdam",
+    "MimeClient",
+    "MimeServer",
     "Model",
     "Momentum",
     "NormBound",
@@ -135,6 +144,7 @@ __all__ = [
     "PiecewiseDecay",
     "Poisson",
     "PolynomialDecay",
+    "QFair",
     "RMSProp",
     "Regularizer",
     "Ridge",
@@ -157,6 +167,7 @@ __all__ = [
     "Yogi",
     "YogiMomentum",
     "adaalter",
+    "afl",
     "apfl",
     "attacks",
     "build_recipe",
@@ -179,9 +190,12 @@ __all__ = [
     "list_optim_modules",
     "list_optim_regularizers",
     "list_rate_schedulers",
+    "mime",
+    "mimelite",
     "norm_layers",
     "number",
     "pfedme",
+    "qfedavg",
     "scaffold",
     "size",
     "stacked_starts",

@@ -228,6 +228,8 @@ class Aggregator(Part, kind="aggregator"):
     """
 
     stacks: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Metrics that it needs beside those that always travel; the client must measure them."""
 
     def init(self, params: Params) -> Any:
         """The state before the first round."""
@@ -286,7 +288,7 @@ class Aggregator(Part, kind="aggregator"):
             got = [jnp.shape(leaf) for leaf in leaves]
             raise ValueError(f"aggregate: expected weights [C] and leaves [C, ...], got weights {weights.shape}, leaves {got}.")
         weights = trees.widen(jnp.asarray(weights, jnp.result_type(weights, jnp.float32)))
-        metrics = {"examples": weights, "steps": weights, "loss": jnp.ones_like(weights)}
+        metrics = {"examples": weights, "steps": weights} | {name: jnp.ones_like(weights) for name in ("loss", *self.reads)}
         weighed = jnp.where(weights > 0, jax.vmap(self.weigh)(metrics), 0)
         uploads = trees.where_rows(weighed > 0, Upload(trees.widen(updates), (), {}, metrics))
         one = jax.tree.map(lambda x: x[0], updates)
@@ -329,6 +331,16 @@ class ClientUpdate(Part, kind="client"):
         """How each auxiliary variable of the upload is reduced over clients."""
         return {name: how for optimizer in self.optimizers for name, how in optimizer.aux_reductions.items()}
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The metrics that it sends beside those that always travel."""
+        return ()
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether its rounds need what a first pass over the cohort found."""
+        return False
+
     def num_steps(self, sizes: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
         """Local steps of clients with ``sizes`` rows that do ``work`` of their work; ``capacity`` is the largest size."""
         raise NotImplementedError(f"{type(self).__name__} defines no num_steps(sizes, work, capacity).")
@@ -358,6 +370,10 @@ class ClientUpdate(Part, kind="client"):
 
 class Survey(Part, kind="survey"):
     """A first pass over a round's cohort, whose mean by the aggregator's weights joins the broadcast (Mime, FedLin)."""
+
+    def check_client(self, client: ClientUpdate) -> None:
+        """Raises TypeError for a client that it cannot ask; called when an algorithm is composed."""
+        del client
 
     def run(self, client: ClientUpdate, start: Broadcast, rows: Any, key: jax.Array) -> Any:
         """What one client answers, a pytree."""

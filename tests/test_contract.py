@@ -28,7 +28,12 @@ MODULES = {
     "adaalter-server": {"init_v": 2.0},
     "feddyn-client": {"alpha": 0.3},
     "feddyn-server": {},
+    "mime-client": {},
+    "mime-server": {"base": ["momentum", {"beta": 0.3}]},
+    "mime-adam": {"beta_1": 0.8, "beta_2": 0.95, "eps": 1e-2, "init_v": 0.5},
 }
+# What the server sends, where that is not like the weights.
+SENT = {"mime-client": lambda params: (jaxfed.EWMA(0.3), jaxfed.EWMA(0.3).init(params))}
 REGULARIZERS = {"fedprox": {"alpha": 0.3}, "lasso": {"alpha": 0.3}, "ridge": {"alpha": 0.3}}
 AGGREGATORS = {
     "averaging": {"by": "uniform"},
@@ -43,6 +48,8 @@ AGGREGATORS = {
     "centred-clipping": {"radius": 2.0, "iterations": 3, "by": "steps"},
     "norm-bounding": {"max_norm": 2.0, "by": "examples"},
     "fednova": {"by": "uniform"},
+    "q-fair": {"by": "uniform", "q": 0.7, "lrate": 0.3},
+    "agnostic": {"by": "steps", "domains": 3, "rate": 0.4, "ascent": "projected"},
 }
 
 
@@ -59,7 +66,7 @@ def test_tables_hold_every_registered_part():
 
 @pytest.mark.parametrize("name", MODULES)
 def test_module(name):
-    check_module(part.build("module", (name, MODULES[name])))
+    check_module(part.build("module", (name, MODULES[name])), aux=SENT.get(name))
 
 
 @pytest.mark.parametrize("name", REGULARIZERS)

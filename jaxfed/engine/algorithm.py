@@ -20,7 +20,8 @@ class Algorithm(Part, kind="algorithm"):
         survey: A first pass over the same cohort, whose result joins the broadcast; usually None.
 
     Raises:
-        ValueError: If an auxiliary variable lacks its other half.
+        ValueError: If an auxiliary variable lacks its other half, a metric its measure, or a gradient its survey.
+        TypeError: If the survey cannot ask such a client.
 
     Warns:
         UserWarning: For a composition that runs but does not do what its name promises.
@@ -38,6 +39,7 @@ class Algorithm(Part, kind="algorithm"):
         server = {m.aux_name: m for m in self.server.parts if m.aux_name}
         _refuse_lone_halves("client", client, "server", server)
         _refuse_lone_halves("server", server, "client", client)
+        _refuse_missing(self.client, self.aggregator, self.survey)
         if self.aggregator.stacks:
             _refuse_sums(self.aggregator, self.client.aux_reductions)
         for regularizer in self.server.regularizers:
@@ -47,6 +49,16 @@ class Algorithm(Part, kind="algorithm"):
             for module in optimizer.parts:
                 if advice := module.advice(optimizer):
                     warnings.warn(advice, stacklevel=4)
+
+
+def _refuse_missing(client: ClientUpdate, aggregator: Aggregator, survey: Survey | None) -> None:
+    if missing := [name for name in aggregator.reads if name not in client.measured]:
+        what = f"The aggregator {aggregator.name!r} reads the metrics {missing}, which the client does not send"
+        raise ValueError(f"{what}. Build the client with measures={missing}.")
+    if survey is not None:
+        survey.check_client(client)
+    elif client.needs_survey:
+        raise ValueError("The client's gradient needs a first pass over the cohort. Build the algorithm with a survey.")
 
 
 def _refuse_sums(aggregator: Aggregator, reductions: dict[str, Any]) -> None:

@@ -49,14 +49,18 @@ def descend(w, x, y, direction=gradient, rate=RATE):
     return w, len(batches)
 
 
-def run(algorithm, lanes, extra=None, **options):
-    """The weights ``[R, 2]`` after each of three rounds, and the cohorts ``[R, C]``."""
-    x, y = (np.concatenate(parts) for parts in zip(*clients()))
+def data(extra=None):
+    """The clients' rows, and ``extra`` arrays of one number per client."""
     owner = np.repeat(np.arange(len(SIZES)), SIZES)
-    arrays = {"x": x, "y": y} | ({} if extra is None else {name: np.asarray(v)[owner] for name, v in extra.items()})
+    x, y = (np.concatenate(parts) for parts in zip(*clients()))
+    arrays = {"x": x, "y": y} | {name: np.asarray(values)[owner] for name, values in (extra or {}).items()}
+    return jaxfed.FederatedData.from_arrays(arrays, owner)
+
+
+def run(algorithm, lanes, extra=None):
+    """The weights ``[R, 2]`` after each of three rounds, and the cohorts ``[R, C]``; batches come in the order of the data."""
     ordered = algorithm.replace(client=algorithm.client.replace(batches=jaxfed.Epochs(BATCH, False, EPOCHS)))
-    options = {"cohort_size": COHORT, "lanes": lanes} | options
-    simulation = jaxfed.Simulation(ordered, jaxfed.FederatedData.from_arrays(arrays, owner), **options)
+    simulation = jaxfed.Simulation(ordered, data(extra), COHORT, lanes=lanes)
     done = list(simulation.rounds(simulation.init(START, key=jax.random.key(3)), rounds=ROUNDS))
     return np.array([state.params for state, _ in done]), [report.clients for _, report in done]
 
