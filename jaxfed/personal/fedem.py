@@ -131,7 +131,7 @@ class FedEM(ClientUpdate):
                 where = f"params, leaf {name or '(the whole)'}"
                 raise ValueError(f"{where}: expected a leading axis of {self.models} models, got {jnp.shape(leaf)}. {remedy}")
         optimizer = jax.vmap(self.optimizer.init_kept)(params, jax.random.split(key, self.models))
-        return FedEMKept(jnp.full(self.models, 1 / self.models), optimizer)
+        return FedEMKept(jnp.full(self.models, 1 / self.models, float), optimizer)
 
     def run(self, start: Broadcast, kept: FedEMKept, rows: ClientRows, key: jax.Array) -> tuple[Upload, FedEMKept]:
         """Trains each model on its share of every example, and renews the mixture weights."""
@@ -238,7 +238,7 @@ class _Starts:
 
 def _equal_predict(model: Model, params: Params, stats: Stats, batch: Batch) -> jax.Array:
     models = jax.tree.leaves(params)[0].shape[0]
-    return mixture_log_probabilities(model, jnp.full(models, 1 / models), params, stats, batch)
+    return mixture_log_probabilities(model, jnp.full(models, 1 / models, float), params, stats, batch)
 
 
 def _equal_metrics(model: Model, params: Params, stats: Stats, batch: Batch) -> dict[str, jax.Array]:
