@@ -128,6 +128,16 @@ class Malicious(Wrapper):
         """Those of the wrapped client."""
         return self.client.aux_reductions
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """Those of the wrapped client, and the mark."""
+        return (*self.client.measured, MARK)
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether the wrapped client does."""
+        return self.client.needs_survey
+
     def run(self, start: Broadcast, kept: Any, rows: Any, key: jax.Array) -> tuple[Upload, Any]:
         """The wrapped client's round; an attacker's upload is then replaced."""
         if MARK not in rows.arrays:
@@ -176,6 +186,11 @@ class ALittleIsEnough(Aggregator, register=False):
     stacks = True
     aggregator: Aggregator = part.part("aggregator")
     z: float = part.number(default=1.0)
+
+    @property
+    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What the aggregator under attack reads."""
+        return self.aggregator.reads
 
     def init(self, params: Params) -> Any:
         """The state of the aggregator under attack."""

@@ -189,6 +189,14 @@ def test_sum_rules_under_attack_keep_their_weights():
     assert rule.weigh({"examples": 4.0, "steps": 2.0}) == 4
 
 
+def test_an_aggregator_under_attack_still_gets_what_it_reads():
+    fair = jaxfed.qfedavg(loss, lrate=0.1, batch_size=2)
+    under = fair.replace(client=Malicious(fair.client), aggregator=ALittleIsEnough(fair.aggregator))
+    assert np.isfinite(run(under, rounds=1)[0].params).all()
+    with pytest.raises(ValueError, match="start_loss"):
+        under.replace(client=Malicious(HONEST.client))
+
+
 @pytest.mark.parametrize(("clients", "attackers", "z"), [(50, 24, 1.426), (20, 4, 0.157), (5, 2, 0.431)])
 def test_largest_shift(clients, attackers, z):
     """Quantiles of a normal table at 24/26, 9/16 and 2/3."""
