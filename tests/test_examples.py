@@ -78,6 +78,11 @@ def test_four_steps(load):
     assert abs(found["fedcm"] - 10 / 11) < abs(found["fedavg"] - 10 / 11) / 3
 
 
+def test_personal(load):
+    for common, own in load("personal").main().values():
+        assert own > common > 0.7
+
+
 def test_every_example_is_tested():
     here = Path(__file__).read_text()
     assert all(f'"{path.stem}"' in here for path in EXAMPLES.glob("*.py"))
