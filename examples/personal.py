@@ -4,7 +4,6 @@ Run:  python examples/personal.py
 """
 
 import jax
-import jax.numpy as jnp
 import optax
 
 import jaxfed

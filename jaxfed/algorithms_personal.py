@@ -17,12 +17,12 @@ from jaxfed.personal.pfedme import PFedMe
 from jaxfed.personal.wrapper import training_of
 
 
-def fedbn(loss: Any, *, leaves: Any = norm_layers, **options: Any) -> Algorithm:
+def fedbn(loss: Any, *, leaves: Any = None, **options: Any) -> Algorithm:
     """FedAvg whose normalisation layers stay with the clients, their statistics included.
 
     Args:
         loss: As in :func:`fedavg`.
-        leaves: Which leaves stay: patterns over names, or a function of a name.
+        leaves: Which leaves stay: patterns over names, or a function of a name; None takes :func:`norm_layers`.
         **options: As in :func:`fedavg`.
 
     References:
@@ -30,6 +30,7 @@ def fedbn(loss: Any, *, leaves: Any = norm_layers, **options: Any) -> Algorithm:
         <https://arxiv.org/abs/2102.07623>`_, 2021
     """
     algorithm = fedavg(loss, **options)
+    leaves = norm_layers if leaves is None else leaves
     return algorithm.replace(client=LocalLeaves(training_of(algorithm.client), leaves, statistics=True))
 
 
