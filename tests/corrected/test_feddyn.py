@@ -28,8 +28,7 @@ def slow(cohorts, weights):
     return np.array(path)
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
-@pytest.mark.parametrize("weights", ["uniform", "examples"])
+@pytest.mark.parametrize(("lanes", "weights"), [(1, "uniform"), (3, "uniform"), (3, "examples")])
 def test_feddyn_is_the_papers(lanes, weights):
     path, cohorts = run(feddyn(loss, alpha=ALPHA, weights=weights, **OPTIONS), lanes)
     by = np.ones(4) if weights == "uniform" else SIZES

@@ -66,17 +66,15 @@ def slow(cohorts, weights, base, corrected):
     return np.array(path)
 
 
-@pytest.mark.parametrize("lanes", [1, 3])
 @pytest.mark.parametrize("recipe", [mime, mimelite])
-@pytest.mark.parametrize(("base", "weights"), [(Heavy, "uniform"), (Adaptive, "examples")])
+@pytest.mark.parametrize(("base", "weights", "lanes"), [(Heavy, "uniform", 1), (Adaptive, "examples", 3)])
 def test_mime_is_the_papers(lanes, recipe, base, weights):
     path, cohorts = run(recipe(loss, base=base.base, weights=weights, **OPTIONS), lanes)
     by = np.ones(4) if weights == "uniform" else SIZES
     np.testing.assert_allclose(path, slow(cohorts, by, base, recipe is mime), rtol=1e-11)
 
 
-@pytest.mark.parametrize("base", ["ewma", "momentum"])
-@pytest.mark.parametrize("sizes", [(1, 1), (10, 10), (10, 2)])
+@pytest.mark.parametrize(("base", "sizes"), [("ewma", (1, 1)), ("ewma", (10, 2)), ("momentum", (10, 10))])
 def test_fixed_point_is_the_optimum_for_any_steps(base, sizes):
     algorithm = mime(parabola, base=base, lrate=0.005, batch_size=1, weights="uniform")
     assert float(end(algorithm, 2000, sizes).params) == pytest.approx(OPTIMUM, abs=1e-9)
