@@ -4,7 +4,7 @@ The names below come in the order of a round. Importing this loads neither flax 
 and the command in ``jaxfed.run``.
 """
 
-from jaxfed import trees
+from jaxfed import attacks, trees
 from jaxfed.algorithms import (
     adaalter,
     build_recipe,
@@ -16,6 +16,8 @@ from jaxfed.algorithms import (
     fedyogi,
     scaffold,
 )
+from jaxfed.algorithms_corrected import afl, feddyn, fednova, mime, mimelite, qfedavg
+from jaxfed.algorithms_personal import apfl, ditto, fedbn, fedem, fedper, fedrep, finetuned, pfedme
 from jaxfed.base import (
     Aggregator,
     Broadcast,
@@ -31,13 +33,16 @@ from jaxfed.base import (
     Upload,
 )
 from jaxfed.client.batches import ClientRows, Epochs, Poisson, Steps
-from jaxfed.client.gradients import MeanGradient
+from jaxfed.client.gradients import SVRG, MeanGradient
 from jaxfed.client.local import LocalTraining
+from jaxfed.client.surveys import FullGradient
 from jaxfed.data.federated import FederatedData
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.optimizer.adaptive import Adagrad, Adam, RMSProp, Yogi
 from jaxfed.optimizer.clipping import L2Clipping, L2GlobalClipping
+from jaxfed.optimizer.feddyn import FedDynClient, FedDynServer
 from jaxfed.optimizer.foreign import FromOptax
+from jaxfed.optimizer.mime import MimeAdam, MimeClient, MimeServer
 from jaxfed.optimizer.momentum import EWMA, Momentum, YogiMomentum
 from jaxfed.optimizer.noise import GaussianNoise, LaplaceNoise
 from jaxfed.optimizer.optimizer import Optimizer, list_optim_modules, list_optim_regularizers, list_rate_schedulers
@@ -58,21 +63,36 @@ from jaxfed.optimizer.schedules import (
     WarmupRounds,
 )
 from jaxfed.part import Part, count, number, size, static
+from jaxfed.personal.apfl import APFL
+from jaxfed.personal.ditto import Ditto
+from jaxfed.personal.fedem import FedEM, stacked_starts
+from jaxfed.personal.finetune import Finetuned
+from jaxfed.personal.partial import LocalLeaves, norm_layers
+from jaxfed.personal.pfedme import PFedMe
 from jaxfed.reports import Evaluation, History, RoundReport
 from jaxfed.server.aggregators import GradientMaskedMean, Mean, Sum, list_aggregators
-from jaxfed.server.selection import Everyone, Uniform
+from jaxfed.server.fair import Agnostic, QFair
+from jaxfed.server.geometric import Bulyan, CentredClipping, GeometricMedian, Krum
+from jaxfed.server.normalized import FedNova
+from jaxfed.server.robust import Median, NormBound, TrimmedMean
+from jaxfed.server.selection import Everyone, Stragglers, Uniform
 from jaxfed.simulation import Simulation
 
 __all__ = [
+    "APFL",
     "EWMA",
+    "SVRG",
     "AdaAlterClient",
     "AdaAlterServer",
     "Adagrad",
     "Adam",
     "Aggregator",
+    "Agnostic",
     "Algorithm",
     "Broadcast",
+    "Bulyan",
     "ByLabel",
+    "CentredClipping",
     "ClientRows",
     "ClientUpdate",
     "Cohort",
@@ -81,33 +101,50 @@ __all__ = [
     "CosineAnnealingWarmRestarts",
     "CyclicExpRange",
     "CyclicTriangular",
+    "Ditto",
     "Epochs",
     "Evaluation",
     "Everyone",
     "ExponentialDecay",
+    "FedDynClient",
+    "FedDynServer",
+    "FedEM",
+    "FedNova",
     "FedProx",
     "FederatedData",
+    "Finetuned",
     "FromOptax",
+    "FullGradient",
     "GaussianNoise",
+    "GeometricMedian",
     "GradientMaskedMean",
     "History",
     "InverseScaling",
+    "Krum",
     "L2Clipping",
     "L2GlobalClipping",
     "LaplaceNoise",
     "Lasso",
     "LinearDecay",
+    "LocalLeaves",
     "LocalTraining",
     "Mean",
     "MeanGradient",
+    "Median",
+    "MimeAdam",
+    "MimeClient",
+    "MimeServer",
     "Model",
     "Momentum",
+    "NormBound",
     "OptiModule",
     "Optimizer",
+    "PFedMe",
     "Part",
     "PiecewiseDecay",
     "Poisson",
     "PolynomialDecay",
+    "QFair",
     "RMSProp",
     "Regularizer",
     "Ridge",
@@ -120,7 +157,9 @@ __all__ = [
     "Selector",
     "Simulation",
     "Steps",
+    "Stragglers",
     "Sum",
+    "TrimmedMean",
     "Uniform",
     "Upload",
     "Warmup",
@@ -128,21 +167,38 @@ __all__ = [
     "Yogi",
     "YogiMomentum",
     "adaalter",
+    "afl",
+    "apfl",
+    "attacks",
     "build_recipe",
     "count",
+    "ditto",
     "fedadagrad",
     "fedadam",
     "fedavg",
     "fedavgm",
+    "fedbn",
+    "feddyn",
+    "fedem",
+    "fednova",
+    "fedper",
     "fedprox",
+    "fedrep",
     "fedyogi",
+    "finetuned",
     "list_aggregators",
     "list_optim_modules",
     "list_optim_regularizers",
     "list_rate_schedulers",
+    "mime",
+    "mimelite",
+    "norm_layers",
     "number",
+    "pfedme",
+    "qfedavg",
     "scaffold",
     "size",
+    "stacked_starts",
     "static",
     "trees",
 ]

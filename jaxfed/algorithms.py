@@ -1,5 +1,6 @@
 """Recipes: which parts make which algorithm. They use the papers' constants and weigh clients by their examples."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -136,7 +137,7 @@ def scaffold(loss: Any, *, option: str = "II", denominator: str = "population", 
     References:
         Karimireddy et al., `SCAFFOLD: Stochastic Controlled Averaging <https://arxiv.org/abs/1910.06378>`_, 2020
     """
-    return _with_pair(loss, ScaffoldClient(option), ScaffoldServer(denominator), options)
+    return with_pair(loss, ScaffoldClient(option), ScaffoldServer(denominator), options)
 
 
 def adaalter(loss: Any, *, eps: float = 1.0, init_v: float = 1.0, **options: Any) -> Algorithm:
@@ -151,7 +152,7 @@ def adaalter(loss: Any, *, eps: float = 1.0, init_v: float = 1.0, **options: Any
     References:
         Xie et al., `Local AdaAlter <https://arxiv.org/abs/1911.09030>`_, 2019
     """
-    return _with_pair(loss, AdaAlterClient(eps), AdaAlterServer(init_v), options)
+    return with_pair(loss, AdaAlterClient(eps), AdaAlterServer(init_v), options)
 
 
 RECIPES: dict[str, Callable[..., Algorithm]] = {
@@ -180,7 +181,8 @@ def _with_server_module(loss: Any, module: Any, server_lrate: Any, options: dict
     return fedavg(loss, server_lrate=server.replace(modules=(*server.modules, module)), **options)
 
 
-def _with_pair(loss: Any, client_half: Any, server_half: Any, options: dict[str, Any]) -> Algorithm:
+def with_pair(loss: Any, client_half: Any, server_half: Any, options: dict[str, Any]) -> Algorithm:
+    """FedAvg with a module in two halves: the client's comes first there, the server's last."""
     client, server = as_optimizer("lrate", _lrate(options)), as_optimizer("server_lrate", options.pop("server_lrate", 1.0))
     client = client.replace(modules=(client_half, *client.modules))
     return fedavg(loss, lrate=client, server_lrate=server.replace(modules=(*server.modules, server_half)), **options)
@@ -203,6 +205,6 @@ def accepted_options(recipe: Callable[..., Algorithm]) -> tuple[str, ...]:
     >>> accepted_options(fedprox)[:2]
     ('mu', 'lrate')
     """
-    own = recipe.__kwdefaults__ or {}
+    own = (name for name, p in inspect.signature(recipe).parameters.items() if p.kind is p.KEYWORD_ONLY)
     shared = ("lrate", "batch_size", "epochs", "steps", "server_lrate", "weights")
     return tuple(dict.fromkeys((*(name for name in own if name not in shared), *shared)))

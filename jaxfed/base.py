@@ -32,12 +32,14 @@ class Broadcast(NamedTuple):
         stats: The global statistics of the model.
         aux: Auxiliary variables by ``aux_name``.
         round: The number of the round, from 0.
+        survey: What a first pass over the same cohort found, where the algorithm asks for one.
     """
 
     params: Params
     stats: Stats
     aux: dict[str, Any]
     round: jax.Array | int
+    survey: Any = ()
 
 
 class RoundStart(NamedTuple):
@@ -50,6 +52,7 @@ class RoundStart(NamedTuple):
         round: The number of the round, from 0.
         key: A PRNG key that belongs to this client, round and part alone.
         full_gradient: ``params -> gradient`` of the mean loss over all the client's rows: a pass that costs only if called.
+        survey: What a first pass over the same cohort found, where the algorithm asks for one.
     """
 
     params: Params
@@ -58,6 +61,7 @@ class RoundStart(NamedTuple):
     round: jax.Array | int = 0
     key: jax.Array | None = None
     full_gradient: Callable[[Params], Params] | None = None
+    survey: Any = ()
 
 
 class CohortInfo(NamedTuple):
@@ -219,8 +223,13 @@ class Regularizer(OptiModule, kind="regularizer"):
 class Aggregator(Part, kind="aggregator"):
     """How the uploads of a cohort become one pseudo-gradient: ``prepare`` at each client, a sum, ``finalize`` at the server.
 
-    ``Upload``s are never seen together, so the sum streams over lanes, devices and machines alike.
+    Uploads are never seen together, so the sum streams over lanes, devices and machines alike. A rule that must see them
+    together (a median) says ``stacks = True`` and defines :meth:`combine` instead; memory is then C models.
     """
+
+    stacks: ClassVar[bool] = False
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Metrics that it needs beside those that always travel; the client must measure them."""
 
     def init(self, params: Params) -> Any:
         """The state before the first round."""
@@ -244,12 +253,29 @@ class Aggregator(Part, kind="aggregator"):
         """The pseudo-gradient and the new state from the sum of the summands."""
         raise NotImplementedError(f"{type(self).__name__} defines no finalize(total, state, info).")
 
+    def combine(self, uploads: Upload, weights: jax.Array, state: Any, info: CohortInfo) -> tuple[Upload, Any]:
+        """What a rule that ``stacks`` defines: one upload and the new state from those of the whole cohort.
+
+        The default is for rules that are sums: it prepares every update, adds up and finalizes.
+
+        Args:
+            uploads: Leaves ``[C, ...]`` in float32 or wider; zeros for a client that is left out.
+            weights: ``[C]``, 0 for a client that is left out: it may have no influence.
+            state: From :meth:`init` or the round before.
+            info: What is known of the round.
+        """
+        sent = self.send(state)
+        summands = jax.vmap(lambda upload: trees.widen(self.prepare(upload, sent)))(uploads)
+        total = jax.tree.map(lambda x: x.sum(0, dtype=x.dtype), trees.where_rows(weights > 0, summands))
+        gradient, state = self.finalize(total, state, info)
+        return trees.weighted_mean(uploads, weights)._replace(delta=gradient), state
+
     def aggregate(self, updates: Params, weights: jax.Array) -> Params:
         """The rule on stacked updates, without an engine.
 
         Args:
             updates: Like ``params`` with a leading ``[C]``.
-            weights: ``[C]`` what each client would weigh: its examples and its steps.
+            weights: ``[C]`` what each client would weigh: its examples and its steps; 0 leaves it out.
 
         Returns:
             The aggregate, like ``params``.
@@ -262,15 +288,12 @@ class Aggregator(Part, kind="aggregator"):
             got = [jnp.shape(leaf) for leaf in leaves]
             raise ValueError(f"aggregate: expected weights [C] and leaves [C, ...], got weights {weights.shape}, leaves {got}.")
         weights = trees.widen(jnp.asarray(weights, jnp.result_type(weights, jnp.float32)))
-        metrics = {"examples": weights, "steps": weights, "loss": jnp.ones_like(weights)}
-        sent = self.send(self.init(jax.tree.map(lambda x: x[0], updates)))
-        summands = jax.vmap(lambda d, m: self.prepare(Upload(d, (), {}, m), sent))(updates, metrics)
-        weight = jax.vmap(self.weigh)(metrics).sum()
-        clients = len(weights)
-        info = CohortInfo(0, clients, weight, clients, weight)
-        total = jax.tree.map(lambda x: x.sum(0, dtype=x.dtype), trees.widen(summands))
+        metrics = {"examples": weights, "steps": weights} | {name: jnp.ones_like(weights) for name in ("loss", *self.reads)}
+        weighed = jnp.where(weights > 0, jax.vmap(self.weigh)(metrics), 0)
+        uploads = trees.where_rows(weighed > 0, Upload(trees.widen(updates), (), {}, metrics))
         one = jax.tree.map(lambda x: x[0], updates)
-        return trees.cast_like(self.finalize(total, self.init(one), info)[0], one)
+        info = CohortInfo(0, len(weights), weighed.sum(), (weighed > 0).sum(), weighed.sum())
+        return trees.cast_like(self.combine(uploads, weighed, self.init(one), info)[0].delta, one)
 
 
 class Selector(Part, kind="selector"):
@@ -308,18 +331,53 @@ class ClientUpdate(Part, kind="client"):
         """How each auxiliary variable of the upload is reduced over clients."""
         return {name: how for optimizer in self.optimizers for name, how in optimizer.aux_reductions.items()}
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The metrics that it sends beside those that always travel."""
+        return ()
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether its rounds need what a first pass over the cohort found."""
+        return False
+
     def num_steps(self, sizes: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
         """Local steps of clients with ``sizes`` rows that do ``work`` of their work; ``capacity`` is the largest size."""
         raise NotImplementedError(f"{type(self).__name__} defines no num_steps(sizes, work, capacity).")
 
+    def shared(self, params: Params) -> Params:
+        """What the server trains, with None in place of the leaves that never leave a client."""
+        return params
+
     def init_kept(self, params: Params, key: jax.Array) -> Any:
-        """What a client keeps before it first takes part."""
+        """What a client keeps before it first takes part; ``params`` are that round's global weights."""
         del params, key
         return ()
 
     def run(self, start: Broadcast, kept: Any, rows: Any, key: jax.Array) -> tuple[Upload, Any]:
         """A client's round over its rows, a :class:`~jaxfed.client.batches.ClientRows`."""
         raise NotImplementedError(f"{type(self).__name__} defines no run(start, kept, rows, key).")
+
+    def personalize(self, start: Broadcast, kept: Any, rows: Any, key: jax.Array) -> Any:
+        """What this client predicts with, from the global model, what it kept and its training rows; default: global."""
+        del kept, rows, key
+        return start.params, start.stats
+
+    def metrics(self, personal: Any, batch: Batch) -> dict[str, jax.Array]:
+        """Values ``[B]`` by name of what :meth:`personalize` gave, on a batch of this client."""
+        raise NotImplementedError(f"{type(self).__name__} defines no metrics(personal, batch).")
+
+
+class Survey(Part, kind="survey"):
+    """A first pass over a round's cohort, whose mean by the aggregator's weights joins the broadcast (Mime, FedLin)."""
+
+    def check_client(self, client: ClientUpdate) -> None:
+        """Raises TypeError for a client that it cannot ask; called when an algorithm is composed."""
+        del client
+
+    def run(self, client: ClientUpdate, start: Broadcast, rows: Any, key: jax.Array) -> Any:
+        """What one client answers, a pytree."""
+        raise NotImplementedError(f"{type(self).__name__} defines no run(client, start, rows, key).")
 
 
 class Model(Part, register=False):

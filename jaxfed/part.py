@@ -26,12 +26,12 @@ _KINDS: dict[str, type["Part"]] = {}
 Convert = Callable[[str, Any], Any]
 
 
-def field(convert: Convert, default: Any = dataclasses.MISSING, is_static: bool = False) -> Any:
+def field(convert: Convert, default: Any = dataclasses.MISSING, is_static: bool = False, kw_only: bool = False) -> Any:
     """A field with a rule of its own: ``convert(where, value)`` checks a value and returns what is stored."""
-    metadata = {"convert": convert, "static": is_static}
+    options: dict[str, Any] = {"metadata": {"convert": convert, "static": is_static}, "kw_only": kw_only}
     if isinstance(default, Part):  # immutable, but unhashable, which dataclasses take for mutable
-        return dataclasses.field(default_factory=lambda: default, metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
+        return dataclasses.field(default_factory=lambda: default, **options)
+    return dataclasses.field(default=default, **options)
 
 
 def number(
@@ -77,9 +77,9 @@ def size(*, default: Any = dataclasses.MISSING, at_least: int = 1, optional: boo
     return field(convert, default, is_static=True)
 
 
-def part(kind: str, *, default: Any = dataclasses.MISSING, wrap: Callable | None = None) -> Any:
-    """A field that holds one Part of a kind, given as an instance, a name or ``(name, {hyper-parameters})``."""
-    return field(lambda where, value: build(kind, value, where, wrap), default)
+def part(kind: str, *, default: Any = dataclasses.MISSING, optional: bool = False) -> Any:
+    """A field that holds one Part of a kind, given as an instance, a name or ``(name, {hyper-parameters})``; or None."""
+    return field(lambda where, value: None if optional and value is None else build(kind, value, where), default)
 
 
 def parts(kind: str, *, default: Any = (), wrap: Callable | None = None) -> Any:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfed import checks, part, trees
-from jaxfed.base import Model, Params, RunState, Selector
+from jaxfed.base import Broadcast, Model, Params, RunState, Selector
 from jaxfed.data.federated import FederatedData
 from jaxfed.engine.algorithm import Algorithm
-from jaxfed.engine.evaluation import sum_metrics
-from jaxfed.engine.lanes import default_lanes
+from jaxfed.engine.evaluation import sum_metrics, sum_personal_metrics
+from jaxfed.engine.lanes import Tables, default_lanes
 from jaxfed.engine.population import Population, make_population
 from jaxfed.engine.round import RoundInfo, run_round
 from jaxfed.reports import Evaluation, History, RoundReport
@@ -171,6 +171,39 @@ class Simulation:
         sums = sum_metrics(self.model, state.params, state.stats, arrays, clients, data.num_clients, rows)
         return Evaluation.from_sums(sums, data.sizes)
 
+    def evaluate_personal(
+        self, state: RunState, data: FederatedData | None = None, *, train: FederatedData | None = None
+    ) -> Evaluation:
+        """Each client's metrics with what it predicts with itself: its own layers, its own model, its mixture.
+
+        Args:
+            state: The global model and what clients keep.
+            data: What to evaluate on, aligned with the clients; None means the training data.
+            train: For clients that the run has never seen: the rows with which they personalize, aligned with ``data``.
+
+        Raises:
+            ValueError: If the numbers of clients differ.
+        """
+        rows, owners = self.data if data is None else data, self.data if train is None else train
+        if rows.num_clients != owners.num_clients:
+            raise ValueError(f"data: expected {owners.num_clients} clients, got {rows.num_clients}. Give train= for new clients.")
+        places = [self._place(d) for d in (owners, rows)]
+        tables = Tables(state.kept, state.seen) if train is None else self._fresh_tables(state, owners.num_clients)
+        start = Broadcast(state.params, state.stats, self.algorithm.server.send(state.server), state.round)
+        key = jax.random.fold_in(state.key, state.round)
+        options = {"lanes": self.lanes(state.params), "batch_size": min(_EVALUATION_ROWS, max(1, rows.max_size))}
+        sums = sum_personal_metrics(self.algorithm.client, start, (places[0], places[1]), tables, key, **options)
+        return Evaluation.from_sums(sums, rows.sizes)
+
+    def _place(self, data: FederatedData) -> Population:
+        if data is self.data:
+            return self.population
+        return make_population(data.arrays, data.offsets[:-1], data.sizes, self.algorithm.client, self.algorithm.aggregator)
+
+    def _fresh_tables(self, state: RunState, count: int) -> Tables:
+        first = _first_state(self.algorithm, self.selector, state.params, state.stats, state.key, count=count)
+        return Tables(first.kept, first.seen)
+
     def _advance(self, state: RunState, rounds: int) -> tuple[RunState, list[RoundReport]]:
         tables = (state.kept, state.seen)
         rest = state._replace(kept=(), seen=())  # type: ignore[arg-type]
@@ -216,8 +249,8 @@ def _first_state(algorithm: Algorithm, selector: Selector, params: Params, stats
         round=jnp.zeros((), jnp.int32),
         params=trees.copy(params),
         stats=trees.copy(stats),
-        server=algorithm.server.start_server(params, jax.random.fold_in(key, _SERVER)),
-        aggregator=algorithm.aggregator.init(params),
+        server=algorithm.server.start_server(algorithm.client.shared(params), jax.random.fold_in(key, _SERVER)),
+        aggregator=algorithm.aggregator.init(algorithm.client.shared(params)),
         selector=selector.init(count),
         kept=jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), kept),
         seen=jnp.zeros(count, bool),

@@ -35,7 +35,8 @@ def check_module(module: OptiModule, *, params: Params | None = None, aux: Any =
     Args:
         module: The part, with hyper-parameters of your choice; best not the defaults.
         params: Weights to try it on; None takes a small tree.
-        aux: What the server sends it, if it exchanges an auxiliary variable; None takes ones like ``params``.
+        aux: What the server sends it, if it exchanges an auxiliary variable, or a function ``params -> aux``; None takes ones
+            like ``params``.
         rtol: The relative tolerance between two ways of running.
 
     Raises:
@@ -128,7 +129,7 @@ def _per_client(tree: Params) -> Params:
 
 def _begin(module: OptiModule, params: Params, aux: Any, key: jax.Array) -> Any:
     if module.aux_name:
-        aux = trees.full_like(params, 1) if aux is None else aux
+        aux = aux(params) if callable(aux) else trees.full_like(params, 1) if aux is None else aux
     start = RoundStart(params, aux=aux, key=key, full_gradient=lambda p: p)
     return module.start_round(module.init_kept(params, key), start)
 
@@ -151,12 +152,12 @@ def _scan(module: OptiModule, params: Params, state: Any, gradients: Params) -> 
 
 
 def _keeps_types(module: OptiModule, params: Params, aux: Any) -> None:
-    aux = trees.cast_like(aux, trees.full_like(params, 1)) if aux is not None and module.aux_name else aux
+    aux = trees.cast_like(aux, trees.full_like(params, 1)) if module.aux_name and not (aux is None or callable(aux)) else aux
     state = _begin(module, params, aux, jax.random.key(1))
     updates, after = module.update(params, state, params)
     chex.assert_trees_all_equal_shapes_and_dtypes(updates, params)
     _law(jax.tree.structure(after) == jax.tree.structure(state), "The state must keep its structure from step to step.")
-    same = jax.tree.map(lambda a, b: a.shape == b.shape and a.dtype == b.dtype, state, after)
+    same = jax.tree.map(lambda a, b: jnp.shape(a) == jnp.shape(b) and jnp.result_type(a) == jnp.result_type(b), state, after)
     _law(all(jax.tree.leaves(same)), f"The state must keep shapes and dtypes: {jax.tree.leaves(same)}.")
 
 
@@ -192,7 +193,7 @@ def _traces_once(module: OptiModule, params: Params, aux: Any) -> None:
 
 def _survives_zeros(module: OptiModule, params: Params, aux: Any) -> None:
     for tree in (trees.zeros_like(params), jnp.zeros(())):
-        own = aux if jax.tree.structure(tree) == jax.tree.structure(params) else None
+        own = aux if callable(aux) or jax.tree.structure(tree) == jax.tree.structure(params) else None
         updates, _ = module.update(tree, _begin(module, tree, own, jax.random.key(1)), tree)
         _law(bool(trees.all_finite(updates)), "A zero gradient must give a finite update.")
 

@@ -83,9 +83,49 @@ def norm(tree: Tree) -> jax.Array:
     return jnp.sqrt(sum(squares, start=jnp.zeros(())))
 
 
-def select(condition: jax.Array, yes: Tree, no: Tree) -> Tree:
+def select(condition: jax.Array | bool, yes: Tree, no: Tree) -> Tree:
     """``yes`` where the scalar condition holds, else ``no``; typed PRNG keys are leaves like others."""
     return jax.tree.map(lambda a, b: jnp.where(condition, a, b), yes, no)
+
+
+def where_rows(keep: jax.Array, tree: Tree) -> Tree:
+    """The rows of leaves ``[C, ...]`` where ``keep [C]``, and zeros in place of the others, whatever they held.
+
+    >>> import jax.numpy as jnp
+    >>> print(where_rows(jnp.array([True, False]), jnp.array([1.0, jnp.nan])))
+    [1. 0.]
+    """
+    return jax.vmap(lambda k, row: select(k, row, zeros_like(row)))(keep, tree)
+
+
+def weighted_mean(tree: Tree, weights: jax.Array) -> Tree:
+    """The mean over the rows of leaves ``[C, ...]`` by ``weights [C]``; zeros if all weights are 0.
+
+    >>> import jax.numpy as jnp
+    >>> print(weighted_mean(jnp.array([1.0, 5.0]), jnp.array([3.0, 1.0])))
+    2.0
+    """
+    total = weights.sum()
+    shares = jnp.where(total > 0, weights / jnp.where(total > 0, total, 1), 0)
+    return jax.tree.map(lambda x: x.sum(0), jax.vmap(scale)(shares, tree))
+
+
+def merge(partial: Tree, whole: Tree) -> Tree:
+    """The leaves of ``partial``, and those of ``whole`` where ``partial`` has None.
+
+    >>> merge({"bias": None, "kernel": 5}, {"bias": 1, "kernel": 2})
+    {'bias': 1, 'kernel': 5}
+    """
+    return jax.tree.map(lambda x, y: y if x is None else x, partial, whole, is_leaf=lambda x: x is None)
+
+
+def keep_leaves(tree: Tree, keep: Callable[[str], bool]) -> Tree:
+    """The leaves whose name satisfies ``keep``, and None in place of the others.
+
+    >>> keep_leaves({"bias": 1, "kernel": 2}, lambda name: name == "bias")
+    {'bias': 1, 'kernel': None}
+    """
+    return map_with_names(lambda name, leaf: leaf if keep(name) else None, tree)
 
 
 def all_finite(tree: Tree) -> jax.Array:

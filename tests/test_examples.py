@@ -52,6 +52,37 @@ def test_client_drift(load):
     assert found["scaffold"] == pytest.approx(10 / 11, abs=1e-5)
 
 
+def test_robust(load, capsys):
+    table = load("robust").main(("mean", "median"), ("sign flip",), rounds=20)
+    assert table[0] < 0.3 < 0.7 < table[1]
+    assert capsys.readouterr().out.split()[-2:] == ["median", f"{table[1, 0]:.3f}"]
+
+
+def slow_fedcm(rounds, alpha=0.1, rate=0.05, steps=10):
+    """Xu et al., 2021: y <- y - rate (alpha g + (1 - alpha) d), then d is the mean of (w - y) / (rate * steps)."""
+    w, direction, curvature, centre = 0.0, 0.0, np.array([1.0, 10.0]), np.array([0.0, 1.0])
+    for _ in range(rounds):
+        y = np.full(2, w)
+        for _ in range(steps):
+            y = y - rate * (alpha * curvature * (y - centre) + (1 - alpha) * direction)
+        direction, w = (w - y).mean() / (rate * steps), y.mean()
+    return w
+
+
+def test_four_steps(load):
+    """The paper's loop, and the fixed point that it shares with FedAvg at a tenth of the rate."""
+    example, m = load("four_steps"), 1 - (1 - 0.005 * np.array([1.0, 10.0])) ** 10
+    assert example.main(rounds=3)["fedcm"] == pytest.approx(slow_fedcm(3), abs=1e-5)
+    found = example.main()
+    assert found["fedcm"] == pytest.approx(m[1] / m.sum(), abs=1e-5)
+    assert abs(found["fedcm"] - 10 / 11) < abs(found["fedavg"] - 10 / 11) / 3
+
+
+def test_personal(load):
+    for common, own in load("personal").main().values():
+        assert own > common > 0.7
+
+
 def test_every_example_is_tested():
     here = Path(__file__).read_text()
     assert all(f'"{path.stem}"' in here for path in EXAMPLES.glob("*.py"))

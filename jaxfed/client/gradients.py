@@ -6,9 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxfed import checks, part
-from jaxfed.base import Batch, Model, Params, Stats
+from jaxfed import checks, part, trees
+from jaxfed.base import Batch, Model, Params, RoundStart, Stats
 from jaxfed.part import Part
+
+Rule = Callable[[Model, Params, Stats, Batch, jax.Array], tuple[jax.Array, Stats, Params]]
+"""``(model, params, stats, batch, key) -> (loss, stats, gradient)``."""
 
 
 def as_model(where: str, loss: Any) -> Model:
@@ -73,6 +76,16 @@ def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
 class GradientRule(Part, kind="gradient"):
     """From a batch to ``(loss, stats, gradient)``."""
 
+    @property
+    def needs_survey(self) -> bool:
+        """Whether :meth:`start_round` uses what a first pass over the cohort found."""
+        return False
+
+    def start_round(self, start: RoundStart) -> Rule:
+        """The rule for one client's round, which may know where the round began; default: the rule itself."""
+        del start
+        return self
+
     def __call__(
         self, model: Model, params: Params, stats: Stats, batch: Batch, key: jax.Array
     ) -> tuple[jax.Array, Stats, Params]:
@@ -96,3 +109,47 @@ class MeanGradient(GradientRule):
 
         (loss, stats), gradient = jax.value_and_grad(mean_loss, has_aux=True)(params)
         return loss, stats, gradient
+
+
+class SVRG(GradientRule):
+    r"""Replaces a batch's own gradient at the round's anchor by the cohort's mean gradient there.
+
+    .. math:: g = \nabla f_i(w; b) - \nabla f_i(w_t; b) + c, \qquad c = \mathrm{mean}_{j \in S} \nabla f_j(w_t)
+
+    ``c`` is what a first pass over the cohort found: the algorithm needs ``survey=FullGradient()``. Both gradients of a batch are
+    taken with the same key. Outside of a round it is ``rule``.
+
+    Args:
+        rule: How a gradient is taken.
+
+    References:
+        Johnson and Zhang, Accelerating Stochastic Gradient Descent using Predictive Variance Reduction, 2013;
+        Karimireddy et al., `Breaking the centralized barrier (Mime) <https://arxiv.org/abs/2008.03606>`_, 2021
+    """
+
+    name = "svrg"
+    rule: GradientRule = part.part("gradient", default=MeanGradient())
+
+    @property
+    def needs_survey(self) -> bool:
+        """True."""
+        return True
+
+    def start_round(self, start: RoundStart) -> Rule:
+        """The corrected rule of this round."""
+
+        def corrected(
+            model: Model, params: Params, stats: Stats, batch: Batch, key: jax.Array
+        ) -> tuple[jax.Array, Stats, Params]:
+            loss, stats, gradient = self.rule(model, params, stats, batch, key)
+            _, _, anchored = self.rule(model, start.params, start.stats, batch, key)
+            correction = jax.tree.map(lambda c, g: c - g, start.survey, trees.widen(anchored))
+            return loss, stats, jax.tree.map(lambda g, c: g + c.astype(g.dtype), gradient, correction)
+
+        return corrected
+
+    def __call__(
+        self, model: Model, params: Params, stats: Stats, batch: Batch, key: jax.Array
+    ) -> tuple[jax.Array, Stats, Params]:
+        """The gradient without correction."""
+        return self.rule(model, params, stats, batch, key)

@@ -11,6 +11,7 @@ from jaxfed import part, trees
 from jaxfed.base import Broadcast, ClientUpdate, Model, Params, RoundStart, Stats, Upload
 from jaxfed.client.batches import Batches, BatchPolicy, ClientRows
 from jaxfed.client.gradients import GradientRule, MeanGradient, as_model
+from jaxfed.client.measures import Measure
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
 
 
@@ -25,6 +26,7 @@ class LocalTraining(ClientUpdate):
         optimizer: The client's Optimizer, or a learning rate for plain SGD.
         batches: The policy: ``Epochs``, ``Steps`` or ``Poisson``.
         gradient: From a batch to a gradient.
+        measures: Metrics that travel beside ``examples``, ``steps`` and ``loss``: ``"start_loss"``, ``"domain"``.
     """
 
     name = "local-training"
@@ -32,6 +34,7 @@ class LocalTraining(ClientUpdate):
     optimizer: Optimizer = part.field(as_optimizer)
     batches: BatchPolicy = part.part("batches")
     gradient: GradientRule = part.part("gradient", default=MeanGradient())
+    measures: tuple[Measure, ...] = part.parts("measure", default=())
 
     @property
     def model(self) -> Model:
@@ -43,6 +46,16 @@ class LocalTraining(ClientUpdate):
         """All Optimizers of the client, whose auxiliary variables must find their other half."""
         return (self.optimizer,)
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """The names of its measures."""
+        return tuple(measure.name for measure in self.measures)
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether its gradient does."""
+        return self.gradient.needs_survey
+
     def num_steps(self, sizes: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
         """Local steps of clients with ``sizes`` rows."""
         return self.batches.num_steps(sizes, work, capacity)
@@ -53,25 +66,44 @@ class LocalTraining(ClientUpdate):
 
     def run(self, start: Broadcast, kept: Any, rows: ClientRows, key: jax.Array) -> tuple[Upload, Any]:
         """Trains from the broadcast weights and returns the upload and what is kept."""
+        params, upload, kept = self.train(start, start.params, kept, rows, key)
+        del params
+        return upload, kept
+
+    def train(self, start: Broadcast, begin: Params, kept: Any, rows: ClientRows, key: jax.Array) -> tuple[Params, Upload, Any]:
+        """Trains from the weights ``begin``, anchored at the broadcast ones: ``(end, upload, kept)``.
+
+        What wraps local training (a personal model, local leaves) calls this; ``upload.delta`` is ``begin - end``.
+        """
         optimizer_key, batch_key = jax.random.split(key)
         batches = self.batches.of(rows, batch_key)
 
         def full_gradient(params: Params) -> Params:
-            return mean_over_rows(self.gradient, self.loss, params, start.stats, batches, key)
+            return self.full_gradient(params, start.stats, batches, key)
 
-        begin = RoundStart(start.params, start.stats, start.aux, start.round, optimizer_key, full_gradient)
-        carry = (start.params, start.stats, self.optimizer.start_round(kept, begin), jnp.zeros(()))
+        anchor = RoundStart(start.params, start.stats, start.aux, start.round, optimizer_key, full_gradient, start.survey)
+        rule = self.gradient.start_round(anchor)
+        carry = (begin, start.stats, self.optimizer.start_round(kept, anchor), jnp.zeros(()))
 
         def step(carry: tuple, batch: dict, key: jax.Array) -> tuple:
             params, stats, state, total = carry
-            loss, stats, gradient = self.gradient(self.loss, params, stats, batch, key)
+            loss, stats, gradient = rule(self.loss, params, stats, batch, key)
             updates, state = self.optimizer.update(gradient, state, params)
             return optax.apply_updates(params, updates), stats, state, total + loss.astype(total.dtype)
 
         params, stats, state, total = batches.fold(step, carry)
-        kept, aux = self.optimizer.end_round(state, start.params, params)
-        delta = trees.subtract(trees.widen(start.params), trees.widen(params))
-        return Upload(delta, stats, aux, metrics_of(batches, total)), kept
+        kept, aux = self.optimizer.end_round(state, begin, params)
+        delta = trees.subtract(trees.widen(begin), trees.widen(params))
+        metrics = metrics_of(batches, total) | {m.name: m(self.loss, start, batches) for m in self.measures}
+        return params, Upload(delta, stats, aux, metrics), kept
+
+    def full_gradient(self, params: Params, stats: Stats, batches: Batches, key: jax.Array) -> Params:
+        """The gradient of the mean loss over all the client's rows."""
+        return mean_over_rows(self.gradient, self.loss, params, stats, batches, key)
+
+    def metrics(self, personal: Any, batch: dict) -> dict[str, jax.Array]:
+        """The model's metrics with these ``(params, stats)``."""
+        return self.loss.metrics(*personal, batch)
 
 
 def metrics_of(batches: Batches, total_loss: jax.Array) -> dict[str, jax.Array]:

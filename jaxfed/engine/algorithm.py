@@ -4,7 +4,7 @@ import warnings
 from typing import Any, ClassVar
 
 from jaxfed import part
-from jaxfed.base import Aggregator, ClientUpdate
+from jaxfed.base import Aggregator, ClientUpdate, Survey
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
 from jaxfed.part import Part
 from jaxfed.server.aggregators import Mean
@@ -17,9 +17,11 @@ class Algorithm(Part, kind="algorithm"):
         client: What a client does with a broadcast.
         server: The server's Optimizer, or its learning rate.
         aggregator: How uploads become one pseudo-gradient.
+        survey: A first pass over the same cohort, whose result joins the broadcast; usually None.
 
     Raises:
-        ValueError: If an auxiliary variable lacks its other half.
+        ValueError: If an auxiliary variable lacks its other half, a metric its measure, or a gradient its survey.
+        TypeError: If the survey cannot ask such a client.
 
     Warns:
         UserWarning: For a composition that runs but does not do what its name promises.
@@ -29,6 +31,7 @@ class Algorithm(Part, kind="algorithm"):
     client: ClientUpdate = part.part("client")
     server: Optimizer = part.field(as_optimizer, default=1.0)
     aggregator: Aggregator = part.part("aggregator", default=Mean())
+    survey: Survey | None = part.part("survey", default=None, optional=True)
 
     def check(self) -> None:
         """Finds halves without the other half, and compositions without a meaning."""
@@ -36,6 +39,9 @@ class Algorithm(Part, kind="algorithm"):
         server = {m.aux_name: m for m in self.server.parts if m.aux_name}
         _refuse_lone_halves("client", client, "server", server)
         _refuse_lone_halves("server", server, "client", client)
+        _refuse_missing(self.client, self.aggregator, self.survey)
+        if self.aggregator.stacks:
+            _refuse_sums(self.aggregator, self.client.aux_reductions)
         for regularizer in self.server.regularizers:
             text = "it pulls towards the weights that the round began with, which are the server's own"
             warnings.warn(f"The server's Optimizer has the regularizer {regularizer.name!r}: {text}.", stacklevel=4)
@@ -43,6 +49,25 @@ class Algorithm(Part, kind="algorithm"):
             for module in optimizer.parts:
                 if advice := module.advice(optimizer):
                     warnings.warn(advice, stacklevel=4)
+
+
+def _refuse_missing(client: ClientUpdate, aggregator: Aggregator, survey: Survey | None) -> None:
+    if missing := [name for name in aggregator.reads if name not in client.measured]:
+        what = f"The aggregator {aggregator.name!r} reads the metrics {missing}, which the client does not send"
+        raise ValueError(f"{what}. Build the client with measures={missing}.")
+    if survey is not None:
+        survey.check_client(client)
+    elif client.needs_survey:
+        raise ValueError("The client's gradient needs a first pass over the cohort. Build the algorithm with a survey.")
+
+
+def _refuse_sums(aggregator: Aggregator, reductions: dict[str, Any]) -> None:
+    for name, how in reductions.items():
+        if "sum" in ([how] if isinstance(how, str) else how.values()):
+            what = f"The aggregator {aggregator.name!r} replaces means over clients"
+            raise ValueError(
+                f"{what}, but the auxiliary variable {name!r} is a sum. Use an aggregator that is a sum, or another module."
+            )
 
 
 def _refuse_lone_halves(here: str, mine: dict[str, Any], there: str, others: dict[str, Any]) -> None:

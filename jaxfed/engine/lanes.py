@@ -17,11 +17,11 @@ class Tables(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What one client gives: its share of the sums, its kept row, its metrics, and whether it counts."""
+    """What one client gives: its share of the sums, its kept row, and what is wanted of each client apart."""
 
     summand: Any
     kept: Any
-    metrics: dict[str, jax.Array]
+    apart: Any
     counts: jax.Array
 
 
@@ -43,7 +43,7 @@ def fold_clients(client: Client, cohort: Cohort, steps: jax.Array, tables: Table
         lanes: ``L``, static. One lane runs without ``vmap``, at no cost for it.
 
     Returns:
-        The sum of the summands, the new tables, and ``(metrics, counts)`` with a leading ``[C]``.
+        The sum of the summands, the new tables, and ``(apart, counts)`` with a leading ``[C]``.
     """
     population, size = tables.seen.shape[0], cohort.ids.shape[0]
     order = jnp.argsort(jnp.where(cohort.valid, steps, -1), descending=True)
@@ -52,7 +52,7 @@ def fold_clients(client: Client, cohort: Cohort, steps: jax.Array, tables: Table
     padded = [_pad(x[order], waves * lanes, fill).reshape(waves, lanes) for x, fill in zip(cohort, (population, False, 0))]
     ids, valid, work = (x[0, 0] for x in padded)
     example = jax.eval_shape(lambda: client(ids, valid, work, *_gather(tables, ids)))
-    outcomes = (example.metrics, example.counts)
+    outcomes = (example.apart, example.counts)
     buffers = jax.tree.map(lambda x: jnp.zeros((waves, lanes, *x.shape), x.dtype), outcomes)
     carry = (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example.summand), tables, buffers)
 
@@ -62,7 +62,7 @@ def fold_clients(client: Client, cohort: Cohort, steps: jax.Array, tables: Table
         outcome = _side_by_side(client, ids, valid, work, tables)
         total = jax.tree.map(lambda t, x: t + x.sum(0, dtype=t.dtype), total, outcome.summand)
         rows = jnp.where(outcome.counts, ids, population)
-        buffers = jax.tree.map(lambda b, x: b.at[number].set(x), buffers, (outcome.metrics, outcome.counts))
+        buffers = jax.tree.map(lambda b, x: b.at[number].set(x), buffers, (outcome.apart, outcome.counts))
         return total, _scatter(tables, rows, outcome.kept), buffers
 
     needed = -(-cohort.valid.sum() // lanes)

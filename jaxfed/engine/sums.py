@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import trees
-from jaxfed.base import Stats, Upload
+from jaxfed.base import CohortInfo, RunState, Stats, Upload
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.server.aggregators import reciprocal
 
@@ -22,29 +22,53 @@ class Summand(NamedTuple):
     clients: jax.Array
 
 
-def summand_of(algorithm: Algorithm, upload: Upload, sent: Any, valid: jax.Array) -> tuple[Summand, jax.Array]:
-    """A client's summand, and whether it counts: valid, with local steps done, and finite throughout.
+class Reduced(NamedTuple):
+    """What the server takes from a cohort: pseudo-gradient, statistics, auxiliary variables, the aggregator's state."""
 
-    A client that is not finite is left out on its own side, through ``where``: 0 times NaN would be NaN.
+    gradient: Any
+    stats: Stats
+    aux: dict[str, Any]
+    aggregator: Any
+
+
+def share_of(algorithm: Algorithm, upload: Upload, sent: Any, valid: jax.Array) -> tuple[Summand, Any, jax.Array]:
+    """A client's summand, what an aggregator that stacks wants of it apart, and whether it counts.
+
+    A client counts if it is valid, did local steps, and is finite throughout. One that does not is left out on its own side,
+    through ``where``: 0 times NaN would be NaN.
     """
+    if algorithm.aggregator.stacks:
+        stacked = trees.widen(upload._replace(stats=_floating(upload.stats)))
+        share = (Summand((), (), {}, algorithm.aggregator.weigh(upload.metrics), jnp.ones(())), stacked)
+    else:
+        share = (_summand(algorithm, upload, sent), ())
+    counts = valid & (upload.metrics["steps"] > 0) & trees.all_finite(share)
+    return *trees.select(counts, share, trees.zeros_like(share)), counts
+
+
+def reduce_cohort(
+    algorithm: Algorithm, total: Summand, stacked: Any, weights: jax.Array, state: RunState, info: CohortInfo
+) -> Reduced:
+    """Finalizes the sums, or combines what was stacked ``[C, ...]``."""
+    if algorithm.aggregator.stacks:
+        one, aggregator = algorithm.aggregator.combine(stacked, weights, state.aggregator, info)
+        return Reduced(one.delta, _like_old(one.stats, state.stats), one.aux, aggregator)
+    gradient, aggregator = algorithm.aggregator.finalize(total.update, state.aggregator, info)
+    inverse = reciprocal(total.weight)
+    aux = {name: _reduce(value, inverse, algorithm.client.aux_reductions[name]) for name, value in total.aux.items()}
+    return Reduced(gradient, _like_old(trees.scale(inverse, total.stats), state.stats), aux, aggregator)
+
+
+def _summand(algorithm: Algorithm, upload: Upload, sent: Any) -> Summand:
     weight = algorithm.aggregator.weigh(upload.metrics)
     aux = {name: _weigh(value, weight, algorithm.client.aux_reductions[name]) for name, value in upload.aux.items()}
     update = trees.widen(algorithm.aggregator.prepare(upload, sent))
-    summand = Summand(update, trees.scale(weight, _floating(upload.stats)), aux, weight, jnp.ones(()))
-    counts = valid & (upload.metrics["steps"] > 0) & trees.all_finite(summand)
-    return trees.select(counts, summand, trees.zeros_like(summand)), counts
+    return Summand(update, trees.scale(weight, _floating(upload.stats)), aux, weight, jnp.ones(()))
 
 
-def mean_stats(total: Summand, old: Stats) -> Stats:
-    """The weighted mean of floating statistics; others stay the server's."""
-    mean = trees.scale(reciprocal(total.weight), total.stats)
-    return jax.tree.map(lambda m, s: m.astype(s.dtype) if jnp.issubdtype(s.dtype, jnp.inexact) else s, mean, old)
-
-
-def reduced_aux(algorithm: Algorithm, total: Summand) -> dict[str, Any]:
-    """The auxiliary variables as the server's modules receive them: sums, or means by the aggregator's weights."""
-    inverse = reciprocal(total.weight)
-    return {name: _reduce(value, inverse, algorithm.client.aux_reductions[name]) for name, value in total.aux.items()}
+def _like_old(stats: Stats, old: Stats) -> Stats:
+    """Reduced floating statistics in their old dtypes; others stay the server's."""
+    return jax.tree.map(lambda m, s: m.astype(s.dtype) if jnp.issubdtype(s.dtype, jnp.inexact) else s, stats, old)
 
 
 def _weigh(aux: Any, weight: jax.Array, reduction: str | Mapping[str, str]) -> Any:

@@ -11,7 +11,8 @@ from jaxfed import checks, part, trees
 from jaxfed.base import Aggregator, CohortInfo, Params, Upload
 
 
-def _as_weighting(where: str, value: Any) -> str:
+def as_weighting(where: str, value: Any) -> str:
+    """The name of what a client weighs; declearn's ``steps_weighted`` is a bool."""
     value = {True: "steps", False: "uniform"}[value] if isinstance(value, bool) else value
     return checks.choice(where, value, ("examples", "steps", "uniform"))
 
@@ -21,7 +22,7 @@ class WeightedAggregator(Aggregator, register=False):
 
     # declearn's spelling: steps_weighted=True or False.
     aliases: ClassVar[Mapping[str, str]] = {"steps_weighted": "by", "weights": "by"}
-    by: str = part.field(_as_weighting, default="steps", is_static=True)
+    by: str = part.field(as_weighting, default="steps", is_static=True)
 
     def weigh(self, metrics: dict[str, jax.Array]) -> jax.Array:
         """The client's weight."""

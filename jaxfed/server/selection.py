@@ -9,6 +9,9 @@ from jaxfed import part
 from jaxfed.base import Cohort, Selector
 from jaxfed.permutation import permute
 
+# The stream of a selection's key that tells who is late; the key itself draws the cohort.
+_STRAGGLERS = 1
+
 
 class Everyone(Selector):
     """All clients, every round."""
@@ -50,3 +53,64 @@ class Uniform(Selector):
         """C distinct clients."""
         ids = permute(key, jnp.arange(self.size), population)
         return Cohort(ids, jnp.ones(self.size, bool), jnp.ones(self.size))
+
+
+class Stragglers(Selector):
+    r"""A share of each cohort is late: it does only some of its local work, or drops out.
+
+    The late ones are drawn anew each round, exactly :math:`C - \mathrm{round}(C (1 - \text{share}))` of C valid ones. The cohorts
+    are those that ``selector`` alone would draw.
+
+    ==============  ==========================================================================
+    ``"partial"``   :math:`\text{work} = \mathrm{Uniform}\{1, \ldots, E - 1\} / E`, FedProx's stragglers
+    ``"drop"``      ``valid`` is False, as FedAvg treats them
+    ==============  ==========================================================================
+
+    Args:
+        selector: Who takes part.
+        share: The share of late clients, 0 to 1.
+        late: ``"partial"`` or ``"drop"``.
+        epochs: ``E``, in how many pieces the work of a round comes: the epochs (or steps) of the client's policy, at least 2.
+
+    Example:
+        >>> cohort = Stragglers(Everyone(), 0.5, epochs=4).select((), jax.random.key(0), jnp.array(0), 6)
+        >>> print((cohort.work < 1).sum(), cohort.valid.sum())
+        3 6
+
+    References:
+        Li et al., `Federated Optimization in Heterogeneous Networks <https://arxiv.org/abs/1812.06127>`_, 2020
+    """
+
+    name = "stragglers"
+    selector: Selector = part.part("selector")
+    share: float = part.number(default=0.5, at_least=0, at_most=1)
+    late: str = part.static(default="partial", choices=("partial", "drop"))
+    epochs: int = part.count(default=20, at_least=2)
+
+    def init(self, population: int) -> Any:
+        """The state of ``selector``."""
+        return self.selector.init(population)
+
+    def cohort_size(self, population: int) -> int:
+        """That of ``selector``."""
+        return self.selector.cohort_size(population)
+
+    def select(self, state: Any, key: jax.Array, round: jax.Array, population: int) -> Cohort:
+        """The cohort of ``selector``, some of it late."""
+        who_key, work_key = jax.random.split(jax.random.fold_in(key, _STRAGGLERS))
+        cohort = self.selector.select(state, key, round, population)
+        late = self._late(who_key, cohort.valid)
+        if self.late == "drop":
+            return cohort._replace(valid=cohort.valid & ~late)
+        work = jax.random.randint(work_key, late.shape, 1, self.epochs) / self.epochs
+        return cohort._replace(work=jnp.where(late, cohort.work * work, cohort.work))
+
+    def observe(self, state: Any, cohort: Cohort, metrics: dict[str, jax.Array]) -> Any:
+        """What ``selector`` learns."""
+        return self.selector.observe(state, cohort, metrics)
+
+    def _late(self, key: jax.Array, valid: jax.Array) -> jax.Array:
+        """``[C]`` which are late: the first few in a random order that begins with the valid ones."""
+        draws = jnp.where(valid, jax.random.uniform(key, valid.shape), 2.0)
+        ranks = jnp.argsort(jnp.argsort(draws))
+        return valid & (ranks < valid.sum() - jnp.round(valid.sum() * (1 - self.share)))

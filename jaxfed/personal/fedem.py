@@ -1,0 +1,253 @@
+"""FedEM: every client's data as a mixture of M distributions, with a model for each."""
+
+import dataclasses
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
+
+from jaxfed import checks, part, trees
+from jaxfed.base import Batch, Broadcast, ClientUpdate, Model, Params, RoundStart, Stats, Upload
+from jaxfed.client.batches import Batches, BatchPolicy, ClientRows
+from jaxfed.client.gradients import GradientRule, MeanGradient
+from jaxfed.client.local import metrics_of
+from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
+from jaxfed.personal.wrapper import refuse_pairs
+
+_POSTERIOR = "fedem_posterior"
+
+
+def stacked_starts(model: Model, key: jax.Array, models: int) -> tuple[Params, Stats]:
+    """``M`` initial weights and statistics of one model, each from a key of its own, stacked ``[M, ...]``.
+
+    A model whose initial weights do not depend on the key (zeros) gives equal ones, which then stay equal for ever.
+
+    >>> from jaxfed.models.functions import from_functions
+    >>> model = from_functions(lambda key: jax.random.normal(key, (2,)), lambda w, batch, key: w, lambda w, batch: w)
+    >>> stacked_starts(model, jax.random.key(0), models=3)[0].shape
+    (3, 2)
+    """
+    return jax.vmap(model.init)(jax.random.split(key, models))
+
+
+def _as_predicting(where: str, value: Any) -> Model:
+    remedy = "A mixture is one of probabilities, so a plain loss is not enough. Use from_functions(init, loss, predict)."
+    return checks.instance(where, value, Model, remedy)
+
+
+class FedEMKept(NamedTuple):
+    """A client's mixture weights ``[M]``, and what the M Optimizers keep."""
+
+    weights: jax.Array
+    optimizer: Any
+
+
+class FedEM(ClientUpdate):
+    r"""M models for all clients, and for each client the weights :math:`\pi_i` with which it mixes their predictions.
+
+    A round is one step of expectation maximisation. For every example of client i, by the models as they were broadcast,
+
+    .. math:: q_m(x, y) \propto \pi_{im} \exp(-\ell_m(x, y)),
+
+    each model then trains on the losses weighted by its :math:`q_m`, and :math:`\pi_{im}` becomes the mean of :math:`q_m` over
+    the client's rows, which it keeps. The server averages each model by itself. Global weights have a leading ``[M]``; the M must
+    differ at the start: ``Simulation.init(key=...)`` draws them apart, :func:`stacked_starts` is what it calls.
+
+    A client predicts :math:`\sum_m \pi_{im} p_m(y | x)`, with :math:`\pi_i` brought up to date on its training rows; the global
+    model is the mixture of equal weights.
+
+    Args:
+        loss: A Model whose ``predict`` gives logits ``[B, classes]``, for integer labels ``batch["y"]`` ``[B]``. Its loss stands
+            for :math:`-\log p_m(y | x)`, up to a constant.
+        optimizer: Each model's Optimizer, or a learning rate.
+        batches: The policy.
+        models: ``M``.
+        passes: How often a client goes through its rows to bring its weights up to date before it predicts. One is what a round
+            does; a client never seen gains by more.
+        gradient: From a batch to a gradient.
+
+    Raises:
+        TypeError: For a plain loss, which predicts nothing.
+        ValueError: If the Optimizer exchanges auxiliary variables; when a run begins, for weights without a leading ``[M]``.
+
+    Example:
+        >>> import jaxfed
+        >>> from jaxfed.models.functions import from_functions
+        >>> from jaxfed.models.losses import cross_entropy
+        >>> def init(key):
+        ...     return jax.random.normal(key, (2, 3))
+        >>> def predict(w, batch):
+        ...     return batch["x"] @ w
+        >>> def loss(w, batch, key):
+        ...     return cross_entropy(predict(w, batch), batch)
+        >>> client = FedEM(from_functions(init, loss, predict), 0.1, jaxfed.Epochs(10), models=2)
+        >>> params, stats = client.model.init(jax.random.key(0))
+        >>> params.shape, client.init_kept(params, jax.random.key(1)).weights.tolist()
+        ((2, 2, 3), [0.5, 0.5])
+
+    References:
+        Marfoq et al., `Federated Multi-Task Learning under a Mixture of Distributions <https://arxiv.org/abs/2108.10252>`_, 2021
+    """
+
+    name: ClassVar[str] = "fedem"
+    loss: Model = part.field(_as_predicting)
+    optimizer: Optimizer = part.field(as_optimizer)
+    batches: BatchPolicy = part.part("batches")
+    models: int = part.size(default=3)
+    passes: int = part.count(default=1)
+    gradient: GradientRule = part.part("gradient", default=MeanGradient())
+
+    def check(self) -> None:
+        """Refuses modules in two halves."""
+        reason = "It is made for one model, and FedEM trains M weighted ones. Drop the module."
+        refuse_pairs("FedEM.optimizer", self.optimizer, reason)
+
+    @property
+    def model(self) -> Model:
+        """The M models as one, of equal weights: what a client without data would predict with."""
+        bound = {name: jax.tree_util.Partial(f, self.loss) for name, f in _EQUAL_MIXTURE.items()}
+        return Model(init=jax.tree_util.Partial(_Starts(self.models), self.loss), **bound)
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """The one that trains each model."""
+        return (self.optimizer,)
+
+    def num_steps(self, sizes: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
+        """Local steps of clients with ``sizes`` rows, M models each."""
+        return self.batches.num_steps(sizes, work, capacity)
+
+    def init_kept(self, params: Params, key: jax.Array) -> FedEMKept:
+        """Equal weights.
+
+        Raises:
+            ValueError: If the weights have no leading ``[M]``.
+        """
+        for name, leaf in zip(trees.names(params), jax.tree.leaves(params)):
+            if jnp.shape(leaf)[:1] != (self.models,):
+                remedy = "Let the run draw them: init(key=...), or make them with stacked_starts(model, key, models)."
+                where = f"params, leaf {name or '(the whole)'}"
+                raise ValueError(f"{where}: expected a leading axis of {self.models} models, got {jnp.shape(leaf)}. {remedy}")
+        optimizer = jax.vmap(self.optimizer.init_kept)(params, jax.random.split(key, self.models))
+        return FedEMKept(jnp.full(self.models, 1 / self.models, float), optimizer)
+
+    def run(self, start: Broadcast, kept: FedEMKept, rows: ClientRows, key: jax.Array) -> tuple[Upload, FedEMKept]:
+        """Trains each model on its share of every example, and renews the mixture weights."""
+        optimizer_key, batch_key = jax.random.split(key)
+        batches = self.batches.of(rows, batch_key)
+        weights = self._mean_posterior(kept.weights, start, batches)
+        carry = (start.params, start.stats, self._start_optimizers(start, kept.optimizer, optimizer_key), jnp.zeros(()))
+
+        def step(carry: tuple, batch: dict, key: jax.Array) -> tuple:
+            params, stats, state, total = carry
+            posterior = self._posterior(kept.weights, start, batch)
+            keys = jax.random.split(key, self.models)
+            component = lambda *model: self._component_step(batch, *model)  # noqa: E731
+            params, stats, state, losses = jax.vmap(component)(params, stats, state, posterior, keys)
+            return params, stats, state, total + losses.sum().astype(total.dtype)
+
+        params, stats, state, total = batches.fold(step, carry)
+        optimizer = jax.vmap(lambda *round: self.optimizer.end_round(*round)[0])(state, start.params, params)
+        delta = trees.subtract(trees.widen(start.params), trees.widen(params))
+        return Upload(delta, stats, {}, metrics_of(batches, total)), FedEMKept(weights, optimizer)
+
+    def personalize(self, start: Broadcast, kept: FedEMKept, rows: ClientRows, key: jax.Array) -> tuple[jax.Array, Params, Stats]:
+        """``(weights [M], params, stats)``: the global models, and how this client mixes them."""
+        batches = self.batches.of(rows, key)
+        update = lambda _, weights: self._mean_posterior(weights, start, batches)  # noqa: E731
+        return jax.lax.fori_loop(0, self.passes, update, kept.weights), start.params, start.stats
+
+    def metrics(self, personal: tuple[jax.Array, Params, Stats], batch: Batch) -> dict[str, jax.Array]:
+        """The mixture's ``loss`` (``-log p(y | x)``) and ``accuracy``."""
+        return mixture_metrics(mixture_log_probabilities(self.loss, *personal, batch), batch)
+
+    def _posterior(self, weights: jax.Array, start: Broadcast, batch: Batch) -> jax.Array:
+        """``q`` as ``[M, B]``, by the broadcast models."""
+        losses = jax.vmap(lambda params, stats: self.loss.loss(params, stats, batch, None)[0])(start.params, start.stats)
+        return jax.nn.softmax(jnp.log(weights)[:, None] - losses, axis=0)
+
+    def _mean_posterior(self, weights: jax.Array, start: Broadcast, batches: Batches) -> jax.Array:
+        """``[M]``, the mean of ``q`` over all rows; the weights as they were for a client that does no work."""
+
+        def add(total: jax.Array, batch: dict) -> jax.Array:
+            posterior = self._posterior(weights, start, batch)
+            return total + jnp.where(batch["mask"][None], posterior, 0).sum(1).astype(total.dtype)
+
+        total = batches.fold_all(add, jnp.zeros_like(weights))
+        rows = total.sum()  # a row's posteriors add up to one
+        return jnp.where(rows > 0, total / jnp.where(rows > 0, rows, 1), weights)
+
+    def _start_optimizers(self, start: Broadcast, kept: Any, key: jax.Array) -> Any:
+        def one(kept: Any, params: Params, stats: Stats, key: jax.Array) -> Any:
+            return self.optimizer.start_round(kept, RoundStart(params, stats, {}, start.round, key))
+
+        return jax.vmap(one)(kept, start.params, start.stats, jax.random.split(key, self.models))
+
+    def _component_step(
+        self, batch: Batch, params: Params, stats: Stats, state: Any, posterior: jax.Array, key: jax.Array
+    ) -> tuple:
+        """One model's step on the losses weighted by its posterior ``[B]``."""
+        weighted = self.loss.replace(loss=jax.tree_util.Partial(_weighted_loss, self.loss.loss))
+        loss, stats, gradient = self.gradient(weighted, params, stats, {**batch, _POSTERIOR: posterior}, key)
+        updates, state = self.optimizer.update(gradient, state, params)
+        return optax.apply_updates(params, updates), stats, state, loss
+
+
+def _weighted_loss(loss: Any, params: Params, stats: Stats, batch: Batch, key: Any) -> tuple[jax.Array, Stats]:
+    values, stats = loss(params, stats, batch, key)
+    return values * batch[_POSTERIOR].astype(values.dtype), stats
+
+
+def mixture_log_probabilities(model: Model, weights: jax.Array, params: Params, stats: Stats, batch: Batch) -> jax.Array:
+    """``log sum_m weights_m softmax(logits_m)``, ``[B, classes]``.
+
+    Raises:
+        ValueError: While tracing, if the model does not predict ``[B, classes]``.
+    """
+    logits = jax.vmap(lambda params, stats: model.predict(params, stats, batch))(params, stats)
+    if logits.ndim != 3:
+        raise ValueError(f"FedEM: expected logits [B, classes] of the model's predict, got shape {logits.shape[1:]}.")
+    return jax.nn.logsumexp(jax.nn.log_softmax(logits) + jnp.log(weights)[:, None, None], axis=0)
+
+
+def mixture_metrics(log_probabilities: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """``loss`` and ``accuracy`` ``[B]`` of log probabilities ``[B, classes]`` for the labels ``batch["y"]`` ``[B]``.
+
+    Raises:
+        TypeError: While tracing, if there are no integer labels.
+    """
+    labels = batch.get("y")
+    if labels is None or labels.shape != log_probabilities.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
+        got = "none" if labels is None else f"{labels.dtype} {labels.shape}"
+        raise TypeError(f'FedEM: expected integer labels batch["y"] [B], got {got}.')
+    chosen = jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
+    return {"loss": -chosen, "accuracy": log_probabilities.argmax(-1) == labels}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Starts:
+    """:func:`stacked_starts` as a function that is equal to another of the same M, so that it is compiled once."""
+
+    models: int
+
+    def __call__(self, model: Model, key: jax.Array) -> tuple[Params, Stats]:
+        return stacked_starts(model, key, self.models)
+
+
+def _equal_predict(model: Model, params: Params, stats: Stats, batch: Batch) -> jax.Array:
+    models = jax.tree.leaves(params)[0].shape[0]
+    return mixture_log_probabilities(model, jnp.full(models, 1 / models, float), params, stats, batch)
+
+
+def _equal_metrics(model: Model, params: Params, stats: Stats, batch: Batch) -> dict[str, jax.Array]:
+    return mixture_metrics(_equal_predict(model, params, stats, batch), batch)
+
+
+def _equal_loss(model: Model, params: Params, stats: Stats, batch: Batch, key: Any) -> tuple[jax.Array, Stats]:
+    del key
+    return _equal_metrics(model, params, stats, batch)["loss"], stats
+
+
+_EQUAL_MIXTURE = {"loss": _equal_loss, "predict": _equal_predict, "metrics": _equal_metrics}

@@ -1,0 +1,101 @@
+"""What personal algorithms share: a ClientUpdate around another, refusals, and what a client does that has never trained."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxfed import part, trees
+from jaxfed.base import Batch, Broadcast, ClientUpdate, Model, Params, Stats, Upload
+from jaxfed.client.batches import ClientRows
+from jaxfed.client.gradients import as_model
+from jaxfed.client.local import LocalTraining
+from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
+
+# Local training splits its key in two, numbers 0 and 1; what is trained beside it draws from a stream of its own.
+PERSONAL = 2
+
+
+class Wrapper(ClientUpdate, register=False):
+    """A ClientUpdate that does what the wrapped ``client`` does, apart from what a subclass changes."""
+
+    client: ClientUpdate = part.part("client")
+
+    @property
+    def model(self) -> Model:
+        """The model that is trained."""
+        return training_of(self.client).model
+
+    @property
+    def optimizers(self) -> tuple[Optimizer, ...]:
+        """Those of the wrapped client: what trains beside it exchanges nothing with the server."""
+        return self.client.optimizers
+
+    def num_steps(self, sizes: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
+        """The wrapped client's steps."""
+        return self.client.num_steps(sizes, work, capacity)
+
+    def shared(self, params: Params) -> Params:
+        """What the wrapped client shares."""
+        return self.client.shared(params)
+
+    def init_kept(self, params: Params, key: jax.Array) -> Any:
+        """What the wrapped client keeps."""
+        return self.client.init_kept(params, key)
+
+    def run(self, start: Broadcast, kept: Any, rows: ClientRows, key: jax.Array) -> tuple[Upload, Any]:
+        """The wrapped client's round."""
+        return self.client.run(start, kept, rows, key)
+
+    def metrics(self, personal: Any, batch: Batch) -> dict[str, jax.Array]:
+        """The wrapped client's metrics."""
+        return self.client.metrics(personal, batch)
+
+
+def training_of(client: ClientUpdate) -> LocalTraining:
+    """The local training inside of all wrappers.
+
+    Raises:
+        TypeError: If there is none.
+    """
+    while isinstance(client, Wrapper):
+        client = client.client
+    refuse_unless("client", client, (LocalTraining,), "That is what can be wrapped.")
+    return client  # type: ignore[return-value]
+
+
+def refuse_unless(where: str, client: Any, allowed: tuple[type, ...], reason: str) -> None:
+    """Raises TypeError with the reason unless ``client`` is of an allowed type."""
+    if not isinstance(client, allowed):
+        names = " or ".join(cls.__name__ for cls in allowed)
+        raise TypeError(f"{where}: expected {names}, got {type(client).__name__}. {reason}")
+
+
+def refuse_pairs(where: str, optimizer: Optimizer, reason: str) -> None:
+    """Raises ValueError with the reason if an Optimizer exchanges an auxiliary variable with the server."""
+    for module in optimizer.parts:
+        if module.aux_name:
+            raise ValueError(f"{where}: {module.name!r} exchanges the auxiliary variable {module.aux_name!r}. {reason}")
+
+
+def optional_optimizer() -> Any:
+    """A field that holds an Optimizer, given as one or as a learning rate; or None."""
+    return part.field(lambda where, value: None if value is None else as_optimizer(where, value), default=None)
+
+
+def idle_if(trained: jax.Array, rows: ClientRows) -> ClientRows:
+    """The rows, with no work to do for a client that has trained before."""
+    return dataclasses.replace(rows, work=jnp.where(trained, 0.0, rows.work))
+
+
+def room_for_stats(model: Model) -> Stats:
+    """Zeros shaped like the model's statistics, until a client has its own. A plain loss has none."""
+    plain = model.init.func is as_model("loss", room_for_stats).init.func  # type: ignore[attr-defined]
+    return {} if plain else trees.zeros_like(jax.eval_shape(lambda: model.init(jax.random.key(0))[1]))
+
+
+def own_stats(trained: jax.Array, kept: Stats, start: Broadcast) -> Stats:
+    """A client's own statistics, or the broadcast ones if it has none yet."""
+    return trees.select(trained, kept, start.stats)

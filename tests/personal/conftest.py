@@ -1,0 +1,19 @@
+"""Programs run for milliseconds here and compile for seconds, so XLA is asked to compile fast. What they compute is the same."""
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _compile_fast():
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def keys_go_twice():
+    """A personal evaluation hands one key to the client and to batches in the order of the data, which draw nothing."""
+    with jax.debug_key_reuse(False):
+        yield
