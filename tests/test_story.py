@@ -13,11 +13,12 @@ ROOT = Path(jaxfed.__file__).parent
 STORY = """
     checks part trees permutation base
     optimizer.rates optimizer.schedules optimizer.regularizers optimizer.momentum optimizer.adaptive optimizer.clipping
-    optimizer.noise optimizer.paired optimizer.foreign optimizer.optimizer
-    client.batches client.gradients client.local
-    server.aggregators server.selection
-    engine.algorithm engine.population engine.sums engine.lanes engine.round engine.evaluation
-    algorithms
+    optimizer.noise optimizer.paired optimizer.feddyn optimizer.mime optimizer.foreign optimizer.optimizer
+    client.batches client.gradients client.measures client.local client.surveys
+    personal.wrapper personal.partial personal.ditto personal.pfedme personal.fedem personal.apfl personal.finetune
+    server.aggregators server.normalized server.fair server.robust server.geometric server.selection attacks
+    engine.algorithm engine.population engine.sums engine.lanes engine.survey engine.round engine.evaluation
+    algorithms algorithms_corrected algorithms_personal
     data.federated data.partition data.datasets data
     models.layers models.losses models.functions models.adapters models.reference models
     reports simulation testing
@@ -52,7 +53,7 @@ def imported(module: str, name: str) -> str:
 def test_story_names_every_module():
     files = {path.relative_to(ROOT).with_suffix("") for path in ROOT.rglob("*.py")}
     names = {".".join(path.parts).removesuffix(".__init__") for path in files} - {"__init__"}
-    empty = {"optimizer", "client", "server", "engine", "run.__main__"}
+    empty = {"optimizer", "client", "personal", "server", "engine", "run.__main__"}
     assert names - empty == set(STORY)
 
 

@@ -1,4 +1,4 @@
-"""Numeric traps of other systems that concern whole rounds: each test fails on the behaviour named. Others lie beside their part."""
+"""Traps of other systems that concern whole rounds: each test fails on the behaviour named. Others lie beside their part."""
 
 import jax
 import jax.numpy as jnp

@@ -190,8 +190,8 @@ def _goes_downhill(transformation: Any) -> bool:
 
 def _is_leaf(value: Any) -> bool:
     is_spec = isinstance(value, (list, tuple)) and len(value) == 2 and isinstance(value[1], Mapping)
-    dtype = getattr(value, "dtype", None)
-    is_numbers = dtype is not None and (jnp.ndim(value) > 0 or jnp.issubdtype(dtype, jnp.floating))
+    dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", ())
+    is_numbers = dtype is not None and (len(shape) > 0 or jnp.issubdtype(dtype, jnp.floating))
     return is_spec or is_numbers or isinstance(value, (float, jax.Array, Part))
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxfed import part, trees
 from jaxfed.base import CohortInfo, OptiModule, Params, RoundStart
-from jaxfed.optimizer.momentum import EWMA, average
+from jaxfed.optimizer.momentum import EWMA
 
 
 class MimeState(NamedTuple):
@@ -170,6 +170,6 @@ class MimeAdam(OptiModule):
         """Divides the new first moment by the root of the old second one."""
         del params
         gradients = trees.widen(updates)
-        m = average(self.beta_1, state.m, gradients)
+        m = trees.average(self.beta_1, state.m, gradients)
         scaled = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + trees.cast(self.eps, v)), m, state.v)
-        return trees.cast_like(scaled, updates), MimeAdamState(m, average(self.beta_2, state.v, trees.square(gradients)))
+        return trees.cast_like(scaled, updates), MimeAdamState(m, trees.average(self.beta_2, state.v, trees.square(gradients)))

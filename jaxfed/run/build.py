@@ -230,7 +230,7 @@ def _culprit(name: str, model: Model, options: dict[str, Any]) -> str:
         # A recipe's option reaches its part under another name (mu is FedProx.alpha), so the part's error cannot say.
         with contextlib.suppress(TypeError, ValueError), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            build_recipe(name, model, **({"lrate": 0.0, "batch_size": 1} | rest))
+            build_recipe(name, model, **({"lrate": 1.0, "batch_size": 1} | rest))
             return f"algorithm.{option}"
     return "algorithm"
 
