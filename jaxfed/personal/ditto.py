@@ -86,7 +86,8 @@ class Ditto(Wrapper):
         client = training_of(self.client)
         optimizer = client.optimizer if self.optimizer is None else self.optimizer
         pulled = optimizer.replace(regularizers=(*optimizer.regularizers, FedProx(self.strength)))
-        return client.replace(optimizer=pulled, batches=client.batches if self.batches is None else self.batches)
+        batches = client.batches if self.batches is None else self.batches
+        return client.replace(optimizer=pulled, batches=batches, measures=())
 
     def init_kept(self, params: Params, key: jax.Array) -> DittoKept:
         """A personal model that equals the global one."""

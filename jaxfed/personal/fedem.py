@@ -115,6 +115,11 @@ class FedEM(ClientUpdate):
         """The one that trains each model."""
         return (self.optimizer,)
 
+    @property
+    def needs_survey(self) -> bool:
+        """Whether its gradient does."""
+        return self.gradient.needs_survey
+
     def num_steps(self, sizes: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
         """Local steps of clients with ``sizes`` rows, M models each."""
         return self.batches.num_steps(sizes, work, capacity)

@@ -60,7 +60,8 @@ class Finetuned(Wrapper):
         """The local training of fine-tuning."""
         client = training_of(self.client)
         optimizer = client.optimizer if self.optimizer is None else self.optimizer
-        return client.replace(optimizer=optimizer, batches=client.batches if self.batches is None else self.batches)
+        batches = client.batches if self.batches is None else self.batches
+        return client.replace(optimizer=optimizer, batches=batches, measures=())
 
     def personalize(self, start: Broadcast, kept: Any, rows: ClientRows, key: jax.Array) -> tuple[Params, Stats]:
         """What the wrapped client predicts with, trained on its rows."""

@@ -89,6 +89,11 @@ class PFedMe(ClientUpdate):
         """Both."""
         return self.optimizer, self.personal
 
+    @property
+    def needs_survey(self) -> bool:
+        """Whether its gradient does."""
+        return self.gradient.needs_survey
+
     def num_steps(self, sizes: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
         """Batches that clients with ``sizes`` rows take; each costs ``inner_steps`` gradients."""
         return self.batches.num_steps(sizes, work, capacity)

@@ -33,6 +33,16 @@ class Wrapper(ClientUpdate, register=False):
         """Those of the wrapped client: what trains beside it exchanges nothing with the server."""
         return self.client.optimizers
 
+    @property
+    def measured(self) -> tuple[str, ...]:
+        """What the wrapped client measures."""
+        return self.client.measured
+
+    @property
+    def needs_survey(self) -> bool:
+        """Whether the wrapped client does."""
+        return self.client.needs_survey
+
     def num_steps(self, sizes: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
         """The wrapped client's steps."""
         return self.client.num_steps(sizes, work, capacity)

@@ -103,3 +103,33 @@ def test_recipes_pass_on_their_options():
     assert (tuned.training.batches, tuned.training.optimizer.lrate) == (jaxfed.Steps(4, steps=7), 0.1)
     pfedme = jaxfed.pfedme(loops.MODEL, server_lrate=0.5, **work)
     assert (pfedme.client.strength, pfedme.client.personal.lrate, pfedme.server.lrate) == (15.0, 0.1, 0.5)
+
+
+WRAPPED = {
+    "local leaves": lambda client: jaxfed.LocalLeaves(client, "head"),
+    "ditto": jaxfed.Ditto,
+    "apfl": jaxfed.APFL,
+    "finetuned": jaxfed.Finetuned,
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_what_a_wrapped_client_measures_travels(wrap):
+    client = wrap(loops.local_training().replace(measures=["start_loss"]))
+    upload, _ = loops.run_round(client, loops.start(), 3)
+    assert client.measured == ("start_loss",)
+    rows = loops.data().client(3)
+    assert float(upload.metrics["start_loss"]) == pytest.approx(loops.losses(loops.start(), **rows).mean(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_gradient_that_needs_a_first_pass_is_refused(name):
+    client = jaxfed.build_recipe(name, loops.MODEL, **COMMON, **OPTIONS[name]).client
+    corrected = {"gradient": "svrg"}
+    client = (
+        client.replace(client=client.client.replace(**corrected)) if hasattr(client, "client") else client.replace(**corrected)
+    )
+    with pytest.raises(ValueError, match="first pass"):
+        jaxfed.Algorithm(client)
+    with pytest.raises(TypeError, match="expected LocalTraining"):
+        jaxfed.Algorithm(client, survey=("full-gradient", {}))
