@@ -287,7 +287,7 @@ class Aggregator(Part, kind="aggregator"):
         if weights.ndim != 1 or any(jnp.shape(leaf)[:1] != weights.shape for leaf in leaves):
             got = [jnp.shape(leaf) for leaf in leaves]
             raise ValueError(f"aggregate: expected weights [C] and leaves [C, ...], got weights {weights.shape}, leaves {got}.")
-        weights = trees.widen(jnp.asarray(weights, jnp.result_type(weights, jnp.float32)))
+        weights = trees.widen(jnp.asarray(weights, float))
         metrics = {"examples": weights, "steps": weights} | {name: jnp.ones_like(weights) for name in ("loss", *self.reads)}
         weighed = jnp.where(weights > 0, jax.vmap(self.weigh)(metrics), 0)
         uploads = trees.where_rows(weighed > 0, Upload(trees.widen(updates), (), {}, metrics))
@@ -358,6 +358,11 @@ class ClientUpdate(Part, kind="client"):
         """A client's round over its rows, a :class:`~jaxfed.client.batches.ClientRows`."""
         raise NotImplementedError(f"{type(self).__name__} defines no run(start, kept, rows, key).")
 
+    @property
+    def personalizes(self) -> bool:
+        """Whether a client predicts with more than the global model."""
+        return type(self).personalize is not ClientUpdate.personalize
+
     def personalize(self, start: Broadcast, kept: Any, rows: Any, key: jax.Array) -> Any:
         """What this client predicts with, from the global model, what it kept and its training rows; default: global."""
         del kept, rows, key
@@ -366,18 +371,6 @@ class ClientUpdate(Part, kind="client"):
     def metrics(self, personal: Any, batch: Batch) -> dict[str, jax.Array]:
         """Values ``[B]`` by name of what :meth:`personalize` gave, on a batch of this client."""
         raise NotImplementedError(f"{type(self).__name__} defines no metrics(personal, batch).")
-
-
-class Survey(Part, kind="survey"):
-    """A first pass over a round's cohort, whose mean by the aggregator's weights joins the broadcast (Mime, FedLin)."""
-
-    def check_client(self, client: ClientUpdate) -> None:
-        """Raises TypeError for a client that it cannot ask; called when an algorithm is composed."""
-        del client
-
-    def run(self, client: ClientUpdate, start: Broadcast, rows: Any, key: jax.Array) -> Any:
-        """What one client answers, a pytree."""
-        raise NotImplementedError(f"{type(self).__name__} defines no run(client, start, rows, key).")
 
 
 class Model(Part, register=False):

@@ -43,7 +43,7 @@ class Evaluation:
         """
         row = dict(self.metrics)
         for name, values in self.by_client.items():
-            values = values[~np.isnan(values)]
+            values = values[self.examples > 0]
             worst = 90 if name.endswith(("loss", "error")) else 10
             row[f"{name}_client_mean"] = float(values.mean()) if len(values) else float("nan")
             row[f"{name}_worst_decile"] = float(np.percentile(values, worst)) if len(values) else float("nan")
@@ -106,8 +106,8 @@ class RoundReport:
             "loss": self.loss,
             "clients": int(self.counted.sum()),
             "excluded": self.excluded,
-            "examples": int(self.metrics["examples"][self.counted].sum()),
-            "steps": int(self.metrics["steps"][self.counted].sum()),
+            "examples": int(self.metrics["examples"][self.counted].sum(dtype=np.float64)),
+            "steps": int(self.metrics["steps"][self.counted].sum(dtype=np.float64)),
             "update_norm": self.update_norm,
         }
         evaluated = {} if self.evaluation is None else self.evaluation.row()

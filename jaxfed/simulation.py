@@ -113,7 +113,7 @@ class Simulation:
             state: From :meth:`init` or an earlier run; it stays valid.
             rounds: How many more rounds.
             eval_every: Evaluate when the number of rounds done is a multiple of this, and after the last; 0 never.
-            eval_data: What to evaluate on; None means the training data.
+            eval_data: What to evaluate on; None means the training data. Personal algorithms are evaluated client by client.
 
         Returns:
             The new state, and a report of each round.
@@ -144,6 +144,8 @@ class Simulation:
         rounds = checks.count("rounds", rounds, checks.Bounds(at_least=0))
         eval_every = checks.count("eval_every", eval_every, checks.Bounds(at_least=0))
         state = self._check_state(state)
+        if eval_every:
+            self._check_rows("eval_data", self.data if eval_data is None else eval_data)
         # The compiled call donates what clients keep; the caller's table stays his.
         state = state._replace(kept=trees.copy(state.kept), seen=trees.copy(state.seen))
         end = int(state.round) + rounds
@@ -152,7 +154,7 @@ class Simulation:
             state, reports = self._advance(state, min(chunk or self.chunk, self.chunk, end - done, until_evaluation))
             done = int(state.round)
             if eval_every and (done % eval_every == 0 or done == end):
-                reports[-1].evaluation = self.evaluate(state, eval_data)
+                reports[-1].evaluation = self.evaluate_in_use(state, eval_data)
             yield state, reports
 
     def evaluate(self, state: RunState, data: FederatedData | None = None) -> Evaluation:
@@ -162,14 +164,16 @@ class Simulation:
             state: Whose weights are evaluated.
             data: What to evaluate on; None means the training data.
         """
-        data = checks.instance("data", self.data if data is None else data, FederatedData)
-        if data.num_examples == 0:
-            raise ValueError("evaluate: expected at least one row, got none.")
+        data = self._check_rows("data", self.data if data is None else data)
         arrays = self.population.arrays if data is self.data else {key: jnp.asarray(x) for key, x in data.arrays.items()}
         clients = jnp.repeat(jnp.arange(data.num_clients), data.sizes, total_repeat_length=data.num_examples)
         rows = min(_EVALUATION_ROWS, data.num_examples)
         sums = sum_metrics(self.model, state.params, state.stats, arrays, clients, data.num_clients, rows)
         return Evaluation.from_sums(sums, data.sizes)
+
+    def evaluate_in_use(self, state: RunState, data: FederatedData | None = None) -> Evaluation:
+        """What clients predict with: :meth:`evaluate_personal` where the algorithm personalizes, else :meth:`evaluate`."""
+        return (self.evaluate_personal if self.algorithm.client.personalizes else self.evaluate)(state, data)
 
     def evaluate_personal(
         self, state: RunState, data: FederatedData | None = None, *, train: FederatedData | None = None
@@ -211,6 +215,11 @@ class Simulation:
         parts = (self.algorithm, self.selector, self.population)
         state, infos = _run_rounds(parts, rest, tables, jnp.asarray(rounds, jnp.int32), chunk=self.chunk, lanes=lanes)
         return state, RoundReport.unstack(jax.device_get(infos), rounds)
+
+    def _check_rows(self, where: str, data: Any) -> FederatedData:
+        if checks.instance(where, data, FederatedData).num_examples == 0:
+            raise ValueError(f"{where}: expected at least one row, got none.")
+        return data
 
     def _check_state(self, state: RunState) -> RunState:
         checks.instance("state", state, RunState, "Make it with simulation.init(params, key=...).")

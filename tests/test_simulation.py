@@ -185,7 +185,6 @@ def test_a_loss_that_is_not_per_example_is_refused():
         simulation.run(simulation.init(PARAMS, key=KEY), rounds=1)
 
 
-@pytest.mark.xfail(strict=True, reason="eval_data is looked at when it is first used")
 @pytest.mark.parametrize("eval_data", [{"x": 1}, federation().split_by(np.ones(30, bool))[0]])
 def test_bad_evaluation_data_are_refused_before_training(simulation, eval_data, monkeypatch):
     state = simulation.init(PARAMS, key=KEY)

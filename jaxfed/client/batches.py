@@ -172,7 +172,7 @@ class Batches:
 
     def __init__(self, policy: BatchPolicy, rows: ClientRows, key: jax.Array):
         self.policy, self.rows = policy, rows
-        self.order_key, self.step_key = jax.random.split(key)
+        self.order_key, self.step_key, self.pass_key = jax.random.split(key, 3)
         self.steps = policy.num_steps(rows.size, rows.work, rows.capacity)
 
     def batch(self, step: jax.Array | int) -> dict[str, jax.Array]:

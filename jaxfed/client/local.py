@@ -79,7 +79,7 @@ class LocalTraining(ClientUpdate):
         batches = self.batches.of(rows, batch_key)
 
         def full_gradient(params: Params) -> Params:
-            return self.full_gradient(params, start.stats, batches, key)
+            return self.full_gradient(params, start.stats, batches)
 
         anchor = RoundStart(start.params, start.stats, start.aux, start.round, optimizer_key, full_gradient, start.survey)
         rule = self.gradient.start_round(anchor)
@@ -97,9 +97,9 @@ class LocalTraining(ClientUpdate):
         metrics = metrics_of(batches, total) | {m.name: m(self.loss, start, batches) for m in self.measures}
         return params, Upload(delta, stats, aux, metrics), kept
 
-    def full_gradient(self, params: Params, stats: Stats, batches: Batches, key: jax.Array) -> Params:
+    def full_gradient(self, params: Params, stats: Stats, batches: Batches) -> Params:
         """The gradient of the mean loss over all the client's rows."""
-        return mean_over_rows(self.gradient, self.loss, params, stats, batches, key)
+        return mean_over_rows(self.gradient, self.loss, params, stats, batches)
 
     def metrics(self, personal: Any, batch: dict) -> dict[str, jax.Array]:
         """The model's metrics with these ``(params, stats)``."""
@@ -115,14 +115,13 @@ def metrics_of(batches: Batches, total_loss: jax.Array) -> dict[str, jax.Array]:
     }
 
 
-def mean_over_rows(
-    gradient: GradientRule, model: Model, params: Params, stats: Stats, batches: Batches, key: jax.Array
-) -> Params:
+def mean_over_rows(gradient: GradientRule, model: Model, params: Params, stats: Stats, batches: Batches) -> Params:
     """The gradient of the mean loss over all the client's rows, batch by batch in the order of the data."""
 
-    def step(total: Params, batch: dict) -> Params:
-        _, _, one = gradient(model, params, stats, batch, key)
-        return trees.add_scaled(total, batch["mask"].sum(), trees.widen(one))
+    def step(carry: tuple[Params, jax.Array], batch: dict) -> tuple[Params, jax.Array]:
+        total, number = carry
+        _, _, one = gradient(model, params, stats, batch, jax.random.fold_in(batches.pass_key, number))
+        return trees.add_scaled(total, batch["mask"].sum(), trees.widen(one)), number + 1
 
-    total = batches.fold_all(step, trees.zeros_like(trees.widen(params)))
+    total, _ = batches.fold_all(step, (trees.zeros_like(trees.widen(params)), jnp.zeros((), jnp.int32)))
     return trees.cast_like(trees.divide(total, jnp.maximum(batches.rows.size, 1)), params)

@@ -1,11 +1,26 @@
 """First passes over a round's cohort."""
 
+from typing import Any
+
 import jax
 
 from jaxfed import checks
-from jaxfed.base import Broadcast, ClientUpdate, Params, Survey
+from jaxfed.base import Broadcast, ClientUpdate, Params
 from jaxfed.client.batches import ClientRows
 from jaxfed.client.local import LocalTraining
+from jaxfed.part import Part
+
+
+class Survey(Part, kind="survey"):
+    """A first pass over a round's cohort, whose mean by the aggregator's weights joins the broadcast (Mime, FedLin)."""
+
+    def check_client(self, client: ClientUpdate) -> None:
+        """Raises TypeError for a client that it cannot ask; called when an algorithm is composed."""
+        del client
+
+    def run(self, client: ClientUpdate, start: Broadcast, rows: ClientRows, key: jax.Array) -> Any:
+        """What one client answers, a pytree."""
+        raise NotImplementedError(f"{type(self).__name__} defines no run(client, start, rows, key).")
 
 
 class FullGradient(Survey):
@@ -29,4 +44,4 @@ class FullGradient(Survey):
     def run(self, client: ClientUpdate, start: Broadcast, rows: ClientRows, key: jax.Array) -> Params:
         """One client's gradient over all its rows."""
         training: LocalTraining = client  # type: ignore[assignment]
-        return training.full_gradient(start.params, start.stats, training.batches.of(rows, key), key)
+        return training.full_gradient(start.params, start.stats, training.batches.of(rows, key))

@@ -4,7 +4,8 @@ import warnings
 from typing import Any, ClassVar
 
 from jaxfed import part
-from jaxfed.base import Aggregator, ClientUpdate, Survey
+from jaxfed.base import Aggregator, ClientUpdate
+from jaxfed.client.surveys import Survey
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
 from jaxfed.part import Part
 from jaxfed.server.aggregators import Mean

@@ -79,10 +79,10 @@ def sum_personal_metrics(
     train, test = populations
 
     def one(id: jax.Array, valid: jax.Array, work: jax.Array, kept: Any, seen: jax.Array) -> Outcome:
-        run_key, first_key = jax.random.split(jax.random.fold_in(key, id))
+        run_key, first_key, order_key = jax.random.split(jax.random.fold_in(key, id), 3)
         kept = trees.select(seen, kept, client.init_kept(start.params, first_key))
         personal = client.personalize(start, kept, train.client(id, work), run_key)
-        batches = Epochs(batch_size=batch_size, shuffle=False).of(test.client(id, work), run_key)
+        batches = Epochs(batch_size=batch_size, shuffle=False).of(test.client(id, work), order_key)
 
         def step(sums: dict[str, jax.Array], batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
             values = client.metrics(personal, batch)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxfed import trees
 from jaxfed.base import CohortInfo, RunState, Stats, Upload
 from jaxfed.engine.algorithm import Algorithm
-from jaxfed.server.aggregators import reciprocal
+from jaxfed.server.aggregators import over_weight
 
 
 class Summand(NamedTuple):
@@ -54,9 +54,9 @@ def reduce_cohort(
         one, aggregator = algorithm.aggregator.combine(stacked, weights, state.aggregator, info)
         return Reduced(one.delta, _like_old(one.stats, state.stats), one.aux, aggregator)
     gradient, aggregator = algorithm.aggregator.finalize(total.update, state.aggregator, info)
-    inverse = reciprocal(total.weight)
-    aux = {name: _reduce(value, inverse, algorithm.client.aux_reductions[name]) for name, value in total.aux.items()}
-    return Reduced(gradient, _like_old(trees.scale(inverse, total.stats), state.stats), aux, aggregator)
+    how = algorithm.client.aux_reductions
+    aux = {name: _reduce(value, total.weight, how[name]) for name, value in total.aux.items()}
+    return Reduced(gradient, _like_old(over_weight(total.stats, total.weight), state.stats), aux, aggregator)
 
 
 def _summand(algorithm: Algorithm, upload: Upload, sent: Any) -> Summand:
@@ -77,10 +77,10 @@ def _weigh(aux: Any, weight: jax.Array, reduction: str | Mapping[str, str]) -> A
     return {key: _weigh(value, weight, reduction[key]) for key, value in aux.items()}
 
 
-def _reduce(total: Any, inverse: jax.Array, reduction: str | Mapping[str, str]) -> Any:
+def _reduce(total: Any, weight: jax.Array, reduction: str | Mapping[str, str]) -> Any:
     if isinstance(reduction, str):
-        return trees.scale(inverse, total) if reduction == "mean" else total
-    return {key: _reduce(value, inverse, reduction[key]) for key, value in total.items()}
+        return over_weight(total, weight) if reduction == "mean" else total
+    return {key: _reduce(value, weight, reduction[key]) for key, value in total.items()}
 
 
 def _floating(stats: Stats) -> Stats:

@@ -10,7 +10,7 @@ from jaxfed.base import Broadcast, Cohort
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.engine.lanes import Outcome, Tables, fold_clients
 from jaxfed.engine.population import Population
-from jaxfed.server.aggregators import reciprocal
+from jaxfed.server.aggregators import over_weight
 
 
 def survey_cohort(
@@ -31,4 +31,4 @@ def survey_cohort(
 
     nothing = Tables((), jnp.zeros(population.count, bool))
     (total, weight), _, _ = fold_clients(client, cohort, sizes, nothing, lanes)
-    return trees.scale(reciprocal(weight), total)
+    return over_weight(total, weight)

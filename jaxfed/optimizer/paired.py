@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from jaxfed import checks, part, trees
 from jaxfed.base import CohortInfo, OptiModule, Params, RoundStart
+from jaxfed.part import Part
 
 
 class ScaffoldState(NamedTuple):
@@ -59,7 +60,7 @@ class ScaffoldClient(OptiModule):
 
     def advice(self, optimizer: Any) -> str:
         """Option II needs plain SGD with a constant rate and the module first in line."""
-        plain = optimizer.parts == (self,) and optimizer.w_decay == 0.0 and isinstance(optimizer.lrate, float)
+        plain = optimizer.parts == (self,) and optimizer.w_decay == 0.0 and not isinstance(optimizer.lrate, Part)
         if self.option == "I" or plain or checks.is_traced(optimizer.lrate):
             return ""
         return (

@@ -71,7 +71,7 @@ class Evaluate:
         use_compilation_cache()
         folder, built, state = load(self.run_dir)
         data = built.test if self.split == "test" else built.simulation.data
-        evaluation = built.simulation.evaluate(state, data)
+        evaluation = built.simulation.evaluate_in_use(state, data)
         console = Console()
         if self.clients:
             path = folder.path / f"clients-{self.split}-{int(state.round):08d}.csv"

@@ -130,7 +130,7 @@ class Run:
 
     def finish(self) -> Evaluation:
         """Evaluates the final model and writes ``clients.csv`` and ``result.json``."""
-        evaluation = self.built.simulation.evaluate(self.state, self.built.test)
+        evaluation = self.built.simulation.evaluate_in_use(self.state, self.built.test)
         # The result comes last, for it says that the run is finished.
         write_clients(self.folder.path / "clients.csv", evaluation, self.built.test.client_names)
         row = {key: value if math.isfinite(value) else None for key, value in evaluation.row().items()}

@@ -53,7 +53,7 @@ class Mean(WeightedAggregator):
 
     def finalize(self, total: Params, state: Any, info: CohortInfo) -> tuple[Params, Any]:
         """Divides by the sum of the weights."""
-        return trees.scale(reciprocal(info.weight), total), state
+        return over_weight(total, info.weight), state
 
 
 class Sum(Aggregator):
@@ -107,13 +107,19 @@ class GradientMaskedMean(WeightedAggregator):
 
     def finalize(self, total: tuple[Params, Params], state: Any, info: CohortInfo) -> tuple[Params, Any]:
         """The masked mean."""
-        means, signs = trees.scale(reciprocal(info.weight), total)
+        means, signs = over_weight(total, info.weight)
 
         def mask(mean: jax.Array, sign: jax.Array) -> jax.Array:
             agreement = jnp.abs(sign)
             return jnp.where(agreement > trees.cast(self.threshold, agreement), mean, agreement * mean)
 
         return jax.tree.map(mask, means, signs), state
+
+
+def over_weight(total: Any, weight: ArrayLike) -> Any:
+    """``total / weight``, a tree; zeros for a weight of 0. A product with a rounded ``1 / weight`` would miss exact means."""
+    weight = jnp.asarray(weight)
+    return trees.divide(trees.select(weight > 0, total, trees.zeros_like(total)), jnp.where(weight > 0, weight, 1))
 
 
 def reciprocal(weight: ArrayLike) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxfed import part, trees
 from jaxfed.base import CohortInfo, Params, Upload
-from jaxfed.server.aggregators import WeightedAggregator, as_weighting, reciprocal
+from jaxfed.server.aggregators import WeightedAggregator, as_weighting, over_weight, reciprocal
 
 # What a loss is at least: powers of 0 would have no slope.
 _SMALLEST_LOSS = 1e-10
@@ -54,7 +54,7 @@ class QFair(WeightedAggregator):
 
     def finalize(self, total: tuple[Params, jax.Array], state: Any, info: CohortInfo) -> tuple[Params, Any]:
         """The quotient of the sums."""
-        return trees.scale(reciprocal(total[1]), total[0]), state
+        return over_weight(total[0], total[1]), state
 
 
 class DomainSums(NamedTuple):

@@ -102,9 +102,6 @@ def noisy(params, batch, key):
     return loss(params, batch, key) * jax.random.uniform(key, batch["b"].shape)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="full_gradient draws from the client's key, which has been split, and alike in every batch"
-)
 def test_the_full_gradient_draws_from_keys_of_its_own():
     client = LocalTraining(noisy, Optimizer(RATE, modules=[Witness()]), Epochs(2))
     upload, _ = run(client, start(aux={"witness": jnp.array(7.0)}), ClientRows.of(ROWS))

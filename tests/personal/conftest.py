@@ -10,10 +10,3 @@ def _compile_fast():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture
-def keys_go_twice():
-    """A personal evaluation hands one key to the client and to batches in the order of the data, which draw nothing."""
-    with jax.debug_key_reuse(False):
-        yield

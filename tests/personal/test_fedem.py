@@ -120,7 +120,6 @@ def opposites(seed):
     return jaxfed.FederatedData.from_arrays({"x": x, "y": ((x[:, 0] > 0) ^ (clients % 2 == 1)).astype(int)}, clients)
 
 
-@pytest.mark.usefixtures("keys_go_twice")
 def test_opposite_clients_find_different_models():
     linear = from_functions(linear_init, linear_loss, linear_predict)
     algorithm = jaxfed.fedem(linear, models=2, lrate=0.5, batch_size=20, server_lrate=Optimizer(0.1, modules=["adam"]))

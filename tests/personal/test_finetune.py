@@ -38,7 +38,6 @@ def test_the_upload_is_that_of_local_training():
     assert_trees(ours.metrics, plain.metrics, 1e-15)
 
 
-@pytest.mark.usefixtures("keys_go_twice")
 def test_clients_never_seen_are_tuned_on_their_training_rows():
     train, test = loops.data([4, 6], seed=5), loops.data([3, 2], seed=6)
     run = loops.simulation(Finetuned(local_training()))

@@ -57,16 +57,12 @@ def test_the_masked_mean(by, threshold):
     np.testing.assert_allclose(found, masked(threshold, weights), rtol=1e-6)
 
 
-ROUNDED = pytest.mark.xfail(strict=True, reason="the sum of signs times the rounded 1 / sum of weights may exceed their quotient")
-
-
 def half_hearted(clients, disagree, dtype):
     """Updates of 1 by all but ``disagree`` clients, who have -1, and weights that leave only so many clients."""
     numbers = jnp.arange(50)
     return jnp.where(numbers < disagree, -1, 1).astype(dtype), (numbers < clients).astype(float)
 
 
-@ROUNDED
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.usefixtures("x64")
 def test_agreement_that_equals_the_threshold_is_shrunk(dtype):
@@ -77,7 +73,6 @@ def test_agreement_that_equals_the_threshold_is_shrunk(dtype):
         assert float(GradientMaskedMean("steps", threshold=0.99 * share).aggregate(*stacked)) == pytest.approx(share)
 
 
-@pytest.mark.xfail(strict=True, reason="integer weights become float32")
 @pytest.mark.usefixtures("x64")
 def test_integer_weights_are_as_exact_as_floats():
     weights = np.array([1, 5, 4])
@@ -91,7 +86,6 @@ def test_one_client_alone_is_returned(aggregator):
     np.testing.assert_allclose(aggregator.aggregate(jnp.array(UPDATES[:1]), jnp.array([7.0])), UPDATES[0], rtol=1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="the sum is multiplied by a rounded 1 / sum of weights")
 def test_the_mean_of_equal_whole_numbers_is_that_number():
     taking_part = [np.arange(50) < n for n in range(1, 50)]
     found = [float(Mean("steps").aggregate(jnp.full(50, 6.0), counts.astype(np.float32))) for counts in taking_part]
