@@ -38,7 +38,8 @@ def permute(key: jax.Array, positions: jax.Array, size: jax.Array | int) -> jax.
         return values, values >= size
 
     # The first pass is part of the loop: unrolled twice, the network would double the time that a round takes to compile.
-    start = jnp.asarray(positions, jnp.uint32)
+    # A position outside would be walked for ever.
+    start = jnp.minimum(jnp.asarray(positions, jnp.uint32), size - 1)
     return jax.lax.while_loop(lambda carry: carry[1].any(), walk, (start, start >= 0))[0].astype(jnp.int32)
 
 
