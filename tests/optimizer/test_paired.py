@@ -18,13 +18,33 @@ def client_round(module, kept, aux, gradients):
     return outputs, *module.end_round(state, gradients[0], gradients[0])
 
 
+def scanned_round(module, kept, aux, gradients):
+    """The same in a compiled loop."""
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *gradients)
+    state = module.start_round(kept, RoundStart(gradients[0], aux=aux))
+    state, outputs = jax.lax.scan(lambda s, g: module.update(g, s)[::-1], state, stacked)
+    outputs = [jax.tree.map(lambda x, i=i: x[i], outputs) for i in range(len(gradients))]
+    return outputs, *module.end_round(state, gradients[0], gradients[0])
+
+
+def round_beside_another(module, kept, aux, gradients):
+    """The same in the second of two lanes."""
+    lanes = [jax.tree.map(lambda g: jnp.stack([g + 1, g]), gradient) for gradient in gradients]
+    both = jax.vmap(lambda *g: client_round(module, kept, aux, g))(*lanes)
+    return jax.tree.map(lambda x: x[1], both)
+
+
+ROUNDS = {"eager": client_round, "jit": jax.jit(client_round), "scan": scanned_round, "vmap": round_beside_another}
+
+
 def uniform_mean(auxes):
     return jax.tree.map(lambda *x: sum(x) / len(x), *auxes)
 
 
 @golden.needs_golden
+@pytest.mark.parametrize("mode", ROUNDS)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
-def test_golden_exchange(dtype):
+def test_golden_exchange(dtype, mode):
     """Four rounds, four clients, partial participation, with declearn's denominator."""
     with jax.enable_x64(dtype == "float64"):
         client, server = ScaffoldClient(), ScaffoldServer.declearn()
@@ -36,7 +56,7 @@ def test_golden_exchange(dtype):
                 golden.assert_close(sent, record["server_state_sent"], dtype)
             for i, expected in record["clients"].items():
                 gradients = [golden.tree(g, dtype) for g in expected["grads"]]
-                outputs, kept[int(i)], aux = client_round(client, kept[int(i)], sent, gradients)
+                outputs, kept[int(i)], aux = ROUNDS[mode](client, kept[int(i)], sent, gradients)
                 for output, wanted in zip(outputs, expected["outputs"], strict=True):
                     golden.assert_close(output, wanted, dtype)
                 golden.assert_close(aux["change"], expected["delta"], dtype)

@@ -20,14 +20,33 @@ def build(name, config):
     return part.build("aggregator", (name, config))
 
 
+def one_of_two(transform):
+    """The second of two cohorts, run by ``transform``."""
+
+    def run(aggregate, *inputs):
+        both = jax.tree.map(lambda x: jnp.stack([x + 1, x]), inputs)
+        return jax.tree.map(lambda x: x[1], transform(lambda cohort: aggregate(*cohort))(both))
+
+    return run
+
+
+WAYS = {
+    "eager": lambda aggregate, *inputs: aggregate(*inputs),
+    "jit": lambda aggregate, *inputs: jax.jit(aggregate)(*inputs),
+    "vmap": one_of_two(jax.vmap),
+    "scan": one_of_two(lambda f: lambda both: jax.lax.map(f, both)),
+}
+
+
 @golden.needs_golden
 @pytest.mark.usefixtures("x64")
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 @pytest.mark.parametrize("record", golden.params("aggregators"))
-def test_golden_outputs(record, dtype):
+def test_golden_outputs(record, dtype, way):
     inputs = golden.RECORDS["aggregator_inputs"]
     updates = jax.tree.map(lambda *x: np.stack(x), *(golden.tree(u, dtype) for u in inputs["updates"]))
-    found = build(record["name"], record["config"]).aggregate(updates, np.array(inputs["n_steps"], float))
+    found = WAYS[way](build(record["name"], record["config"]).aggregate, updates, np.array(inputs["n_steps"], float))
     golden.assert_close(found, record["output"], dtype)
 
 
