@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from personal import loops
-from personal.loops import assert_trees, kept_of, local_training
+from personal import personal_loops as loops
+from personal.personal_loops import assert_trees, kept_of, local_training
 
 from jaxfed import APFL, LocalLeaves, Optimizer
 

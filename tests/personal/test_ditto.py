@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from personal import loops
-from personal.loops import assert_trees, kept_of, local_training
+from personal import personal_loops as loops
+from personal.personal_loops import assert_trees, kept_of, local_training
 
 import jaxfed
 from jaxfed import Ditto, LocalLeaves, Optimizer

@@ -2,8 +2,8 @@
 
 import jax
 import pytest
-from personal import loops
-from personal.loops import assert_trees, local_training
+from personal import personal_loops as loops
+from personal.personal_loops import assert_trees, local_training
 
 from jaxfed import APFL, Ditto, FedEM, Finetuned, LocalLeaves, Optimizer
 

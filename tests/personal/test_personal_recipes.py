@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from personal import loops
+from personal import personal_loops as loops
 
 import jaxfed
 from jaxfed import trees
