@@ -6,7 +6,6 @@ import pytest
 
 import jaxfed
 from jaxfed import part
-from jaxfed.optimizer import schedules
 from jaxfed.testing import check_aggregator, check_config, check_module, check_schedule
 
 MODULES = {
@@ -62,6 +61,7 @@ def test_tables_hold_every_registered_part():
     assert set(MODULES) == own("module")
     assert set(REGULARIZERS) == own("regularizer")
     assert set(AGGREGATORS) == own("aggregator")
+    assert set(SCHEDULES) | NO_PLAIN_SCHEDULES == own("schedule")
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -86,14 +86,26 @@ def test_optimizer_in_optax_chain():
 
 
 SCHEDULES = {
-    "exponential-decay": schedules.ExponentialDecay(0.1, 0.9),
-    "warmup": schedules.Warmup(("exponential-decay", {"base": 0.1, "rate": 0.5}), 3),
+    "exponential-decay": {"base": 0.1, "rate": 0.9},
+    "inverse-scaling": {"base": 0.1, "rate": 0.5},
+    "linear-decay": {"base": 0.1, "rate": 0.2},
+    "polynomial-decay": {"base": 0.1, "power": 2, "limit": 5},
+    "piecewise-decay": {"base": 0.1, "rate": 0.5, "step_size": 2},
+    "cosine-annealing": {"base": 0.001, "max_lr": 0.1, "duration": 5},
+    "cosine-annealing-warm-restarts": {"base": 0.001, "max_lr": 0.1, "period": 3, "step_level": False},
+    "cyclic-triangular": {"base": 0.001, "max_lr": 0.1, "stepsize": 2, "decay": True},
+    "cyclic-exp-range": {"base": 0.001, "max_lr": 0.1, "stepsize": 2, "decay": 0.9},
+    "warmup": {"base": ["exponential-decay", {"base": 0.1, "rate": 0.5}], "warmup": 3},
+    "warmup-rounds": {"base": 0.1, "warmup": 2},
+    "constant": {"rate": 0.3},
 }
+# A rate per leaf is no single number, and a function has no config.
+NO_PLAIN_SCHEDULES = {"by-label", "function"}
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedule(name):
-    check_schedule(SCHEDULES[name])
+    check_schedule(part.build("schedule", (name, SCHEDULES[name])))
 
 
 class Broken(jaxfed.OptiModule, register=False):
