@@ -6,7 +6,7 @@ import pytest
 
 import jaxfed
 from jaxfed import part
-from jaxfed.testing import check_aggregator, check_config, check_module, check_schedule
+from jaxfed.testing import check_aggregator, check_config, check_module, check_pytree, check_schedule
 
 MODULES = {
     "momentum": {"beta": 0.8, "nesterov": True, "round_reset": True},
@@ -106,6 +106,32 @@ NO_PLAIN_SCHEDULES = {"by-label", "function"}
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedule(name):
     check_schedule(part.build("schedule", (name, SCHEDULES[name])))
+
+
+OTHERS = {
+    "batches": {
+        "epochs": {"batch_size": 3, "shuffle": False, "epochs": 2},
+        "steps": {"batch_size": None, "steps": 4},
+        "poisson": {"batch_size": 5, "steps": 2, "rate": 0.3},
+    },
+    "selector": {
+        "everyone": {},
+        "uniform": {"size": 3},
+        "stragglers": {"selector": ["uniform", {"size": 3}], "share": 0.4, "late": "drop", "epochs": 7},
+    },
+    "gradient": {"mean": {}, "svrg": {"rule": "mean"}},
+    "survey": {"full-gradient": {}},
+    "measure": {"domain": {}, "start_loss": {}},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_parts_survive_config_and_flattening(kind):
+    assert set(OTHERS[kind]) == own(kind)
+    for name, options in OTHERS[kind].items():
+        value = part.build(kind, (name, options))
+        check_config(value)
+        check_pytree(value)
 
 
 class Broken(jaxfed.OptiModule, register=False):
