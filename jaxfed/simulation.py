@@ -1,6 +1,6 @@
 """Simulation: many rounds, compiled in chunks, with evaluation in between."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -12,10 +12,14 @@ from jaxfed import checks, part, trees
 from jaxfed.base import Broadcast, Model, Params, RunState, Selector
 from jaxfed.data.federated import FederatedData
 from jaxfed.engine.algorithm import Algorithm
+from jaxfed.engine import mesh
+from jaxfed.engine.cohort import Tables
 from jaxfed.engine.evaluation import sum_metrics, sum_personal_metrics
-from jaxfed.engine.lanes import Tables, default_lanes
-from jaxfed.engine.population import Population, make_population
-from jaxfed.engine.round import RoundInfo, run_round
+from jaxfed.engine.lanes import default_lanes
+from jaxfed.engine.mesh import Devices
+from jaxfed.engine.population import Population, table_length
+from jaxfed.engine.round import RoundInfo, run_round, state_layout
+from jaxfed.placement import Placement
 from jaxfed.reports import Evaluation, History, RoundReport
 from jaxfed.server.selection import Everyone, Uniform
 
@@ -32,7 +36,8 @@ class Simulation:
         data: The clients' training data.
         cohort_size: ``C``, clients drawn uniformly each round; None takes all of them.
         selector: How cohorts are chosen, instead of ``cohort_size``.
-        lanes: ``L``, clients that run side by side; None chooses by the sizes of model and cohort.
+        lanes: ``L``, clients that run side by side on each device; None chooses by the sizes of model and cohort.
+        devices: How many of JAX's devices take part, or which; None takes all, at most one for each client of a cohort.
         chunk: The most rounds in one compiled call.
 
     Raises:
@@ -58,6 +63,7 @@ class Simulation:
         *,
         selector: Selector | None = None,
         lanes: int | None = None,
+        devices: int | Sequence[jax.Device] | None = None,
         chunk: int = 10,
     ):
         self.algorithm = checks.instance("algorithm", algorithm, Algorithm, "Use a recipe such as fedavg(...).")
@@ -67,16 +73,16 @@ class Simulation:
         at_least_one = checks.Bounds(at_least=1)
         self._lanes = None if lanes is None else min(checks.count("lanes", lanes, at_least_one), self.cohort_size)
         self.chunk = checks.count("chunk", chunk, at_least_one)
+        self.devices = _devices(devices, self.cohort_size)
         if data.num_examples == 0:
             raise ValueError("data: expected at least one row, got none.")
 
     @cached_property
     def population(self) -> Population:
         """The data on the device, placed there when first used."""
-        d, parts = self.data, (self.algorithm.client, self.algorithm.aggregator)
         # Kept on the object, so it must hold arrays even if it is first asked for inside somebody's trace.
         with jax.ensure_compile_time_eval():
-            return make_population(d.arrays, d.offsets[:-1], d.sizes, *parts)
+            return Placement(self.data, self.algorithm, self.devices).whole()
 
     @property
     def model(self) -> Model:
@@ -102,7 +108,7 @@ class Simulation:
         if params is None:
             params, stats = _init_model(self.model, key)
         stats = {} if stats is None else stats
-        return _first_state(self.algorithm, self.selector, _trainable(params), stats, key, count=self.data.num_clients)
+        return self._first_state(_trainable(params), stats, key, self.data.num_clients)
 
     def run(
         self, state: RunState, *, rounds: int, eval_every: int = 0, eval_data: FederatedData | None = None
@@ -165,10 +171,7 @@ class Simulation:
             data: What to evaluate on; None means the training data.
         """
         data = self._check_rows("data", self.data if data is None else data)
-        arrays = self.population.arrays if data is self.data else {key: jnp.asarray(x) for key, x in data.arrays.items()}
-        clients = jnp.repeat(jnp.arange(data.num_clients), data.sizes, total_repeat_length=data.num_examples)
-        rows = min(_EVALUATION_ROWS, data.num_examples)
-        sums = sum_metrics(self.model, state.params, state.stats, arrays, clients, data.num_clients, rows)
+        sums = sum_metrics(self.model, state.params, state.stats, self._place(data), at_once=_EVALUATION_ROWS)
         return Evaluation.from_sums(sums, data.sizes)
 
     def evaluate_in_use(self, state: RunState, data: FederatedData | None = None) -> Evaluation:
@@ -196,19 +199,22 @@ class Simulation:
         start = Broadcast(state.params, state.stats, self.algorithm.server.send(state.server), state.round)
         key = jax.random.fold_in(state.key, state.round)
         options = {"lanes": self.lanes(state.params), "batch_size": min(_EVALUATION_ROWS, max(1, rows.max_size))}
-        sums = sum_personal_metrics(self.algorithm.client, start, (places[0], places[1]), tables, key, **options)
+        everyone = jnp.arange(rows.num_clients)
+        sums = sum_personal_metrics(self.algorithm.client, start, (places[0], places[1]), tables, everyone, key, **options)
         return Evaluation.from_sums(sums, rows.sizes)
 
     def _place(self, data: FederatedData) -> Population:
-        if data is self.data:
-            return self.population
-        return make_population(data.arrays, data.offsets[:-1], data.sizes, self.algorithm.client, self.algorithm.aggregator)
+        return self.population if data is self.data else Placement(data, self.algorithm, self.devices).whole()
+
+    def _first_state(self, params: Params, stats: Any, key: jax.Array, count: int) -> RunState:
+        return _first_state(self.algorithm, self.selector, params, stats, key, count=count, devices=self.devices)
 
     def _fresh_tables(self, state: RunState, count: int) -> Tables:
-        first = _first_state(self.algorithm, self.selector, state.params, state.stats, state.key, count=count)
+        first = self._first_state(state.params, state.stats, state.key, count)
         return Tables(first.kept, first.seen)
 
     def _advance(self, state: RunState, rounds: int) -> tuple[RunState, list[RoundReport]]:
+        state = self.devices.place(state, state_layout(state, self.devices))
         tables = (state.kept, state.seen)
         rest = state._replace(kept=(), seen=())  # type: ignore[arg-type]
         lanes = self.lanes(state.params)
@@ -250,21 +256,39 @@ def _init_model(model: Model, key: jax.Array) -> tuple[Params, Any]:
     return model.init(jax.random.fold_in(key, _MODEL))
 
 
-@partial(jax.jit, static_argnames=("count",))
-def _first_state(algorithm: Algorithm, selector: Selector, params: Params, stats: Any, key: jax.Array, *, count: int) -> RunState:
+@partial(jax.jit, static_argnames=("count", "devices"))
+def _first_state(
+    algorithm: Algorithm, selector: Selector, params: Params, stats: Any, key: jax.Array, *, count: int, devices: Devices
+) -> RunState:
     """A state in buffers of its own; one program, since op by op each small array would be compiled alone."""
     kept = jax.eval_shape(algorithm.client.init_kept, params, key)
-    return RunState(
+    rows = table_length(-(-count // devices.machines), devices)
+    state = RunState(
         round=jnp.zeros((), jnp.int32),
         params=trees.copy(params),
         stats=trees.copy(stats),
         server=algorithm.server.start_server(algorithm.client.shared(params), jax.random.fold_in(key, _SERVER)),
         aggregator=algorithm.aggregator.init(algorithm.client.shared(params)),
         selector=selector.init(count),
-        kept=jax.tree.map(lambda x: jnp.zeros((count, *x.shape), x.dtype), kept),
+        kept=jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), kept),
         seen=jnp.zeros(count, bool),
         key=jax.random.fold_in(key, _RUN),
     )
+    return devices.constrain(state, state_layout(state, devices))
+
+
+def _devices(devices: int | Sequence[jax.Device] | None, cohort_size: int) -> Devices:
+    if devices is None:
+        everyone = mesh.default_devices()
+        return mesh.make_devices(everyone[:cohort_size] if jax.process_count() == 1 else everyone)
+    everyone = jax.devices()
+    if not isinstance(devices, int):
+        return mesh.make_devices([checks.instance("devices", device, jax.Device) for device in devices])
+    count = checks.count("devices", devices, checks.Bounds(at_least=1))
+    if count > len(everyone):
+        remedy = 'On a CPU, make more with  jax.config.update("jax_num_cpu_devices", 8)  before anything else.'
+        raise ValueError(f"devices: expected at most the {len(everyone)} that there are, got {count}. {remedy}")
+    return mesh.make_devices(everyone[:count])
 
 
 def _selector(cohort_size: int | None, selector: Selector | None) -> Selector:

@@ -1,4 +1,4 @@
-"""A cohort of any size in fixed memory: waves of L clients side by side, the longest first."""
+"""Clients of any number in fixed memory on one device: waves of L side by side."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,69 +6,71 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxfed.base import Cohort, Params
-
-
-class Tables(NamedTuple):
-    """What clients keep between rounds ``[N, ...]``, and which have taken part ``[N]``."""
-
-    kept: Any
-    seen: jax.Array
+from jaxfed.base import Params
 
 
 class Outcome(NamedTuple):
-    """What one client gives: its share of the sums, its kept row, and what is wanted of each client apart."""
+    """What one client gives.
+
+    Attributes:
+        summand: Its share of the sums.
+        kept: Its kept row.
+        row: A few numbers that are wanted of each client.
+        stacked: What is wanted of each client though it is as large as the model.
+        counts: Whether its kept row is to be stored.
+    """
 
     summand: Any
     kept: Any
-    apart: Any
+    row: Any
+    stacked: Any
     counts: jax.Array
 
 
-Client = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], Outcome]
-"""``(id, valid, work, kept row, seen) -> Outcome``, all for one client."""
+class Lane(NamedTuple):
+    """What tells a client apart in its lane: number, slot, place of its kept row in the table, whether it was seen, its work."""
+
+    id: jax.Array
+    slot: jax.Array
+    place: jax.Array
+    seen: jax.Array
+    work: jax.Array
 
 
-def fold_clients(client: Client, cohort: Cohort, steps: jax.Array, tables: Tables, lanes: int) -> tuple[Any, Tables, Any]:
-    """Runs every client of a cohort and adds up the summands.
+Visit = Callable[[Lane, Any], Outcome]
+"""``(lane, kept row) -> Outcome``, for one client."""
 
-    Clients are sorted by their local steps, so that those of a wave end together: work grows with the examples, not with C times
-    the longest client. Each wave takes and puts back its kept rows in place.
+
+def fold_waves(visit: Visit, lanes: Lane, waves: jax.Array, table: Any) -> tuple[Any, Any, Outcome]:
+    """Visits every client and adds up the summands.
+
+    Each wave takes and puts back its kept rows in place. A wave lasts as long as its longest client, so clients should come sorted
+    by their work.
 
     Args:
-        client: What one client does.
-        cohort: ``[C]``; C need not be a multiple of the lanes.
-        steps: ``[C]`` local steps.
-        tables: The kept rows.
-        lanes: ``L``, static. One lane runs without ``vmap``, at no cost for it.
+        visit: What one client does.
+        lanes: ``[W, L]`` who comes when. One lane runs without ``vmap``, at no cost for it.
+        waves: How many of the W waves there are.
+        table: The kept rows; a place outside is clamped for reading and dropped for writing.
 
     Returns:
-        The sum of the summands, the new tables, and ``(apart, counts)`` with a leading ``[C]``.
+        The sum of the summands, the new table, and the outcomes' ``row``, ``stacked`` and ``counts`` ``[W, L, ...]``, without the
+        rest.
     """
-    population, size = tables.seen.shape[0], cohort.ids.shape[0]
-    order = jnp.argsort(jnp.where(cohort.valid, steps, -1), descending=True)
-    waves = -(-size // lanes)
-    # A padding lane has the number N: its gathers are clamped, its scatters dropped, its work is none.
-    padded = [_pad(x[order], waves * lanes, fill).reshape(waves, lanes) for x, fill in zip(cohort, (population, False, 0))]
-    ids, valid, work = (x[0, 0] for x in padded)
-    example = jax.eval_shape(lambda: client(ids, valid, work, *_gather(tables, ids)))
-    outcomes = (example.apart, example.counts)
-    buffers = jax.tree.map(lambda x: jnp.zeros((waves, lanes, *x.shape), x.dtype), outcomes)
-    carry = (jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), example.summand), tables, buffers)
+    example = jax.eval_shape(lambda: visit(*_first(lanes, table)))
+    buffers = _zeros(example._replace(summand=(), kept=()), lanes.id.shape)
+    carry = (_zeros(example.summand), table, buffers)
 
     def wave(number: jax.Array, carry: tuple) -> tuple:
-        total, tables, buffers = carry
-        ids, valid, work = (x[number] for x in padded)
-        outcome = _side_by_side(client, ids, valid, work, tables)
+        total, table, buffers = carry
+        lane = jax.tree.map(lambda x: x[number], lanes)
+        outcome = _side_by_side(visit, lane, table)
         total = jax.tree.map(lambda t, x: t + x.sum(0, dtype=t.dtype), total, outcome.summand)
-        rows = jnp.where(outcome.counts, ids, population)
-        buffers = jax.tree.map(lambda b, x: b.at[number].set(x), buffers, (outcome.apart, outcome.counts))
-        return total, _scatter(tables, rows, outcome.kept), buffers
+        table = _put(table, jnp.where(outcome.counts, lane.place, _length(table)), outcome.kept)
+        buffers = jax.tree.map(lambda b, x: b.at[number].set(x), buffers, outcome._replace(summand=(), kept=()))
+        return total, table, buffers
 
-    needed = -(-cohort.valid.sum() // lanes)
-    total, tables, buffers = jax.lax.fori_loop(0, needed, wave, carry)
-    by_client = jax.tree.map(lambda b: _unsort(b.reshape(waves * lanes, *b.shape[2:])[:size], order), buffers)
-    return total, tables, by_client
+    return jax.lax.fori_loop(0, waves, wave, carry)
 
 
 def default_lanes(params: Params, cohort_size: int) -> int:
@@ -82,26 +84,29 @@ def default_lanes(params: Params, cohort_size: int) -> int:
     return min(cohort_size, 10) if weights < 20_000 else 1
 
 
-def _side_by_side(client: Client, ids: jax.Array, valid: jax.Array, work: jax.Array, tables: Tables) -> Outcome:
-    if ids.shape[0] == 1:
-        outcome = client(ids[0], valid[0], work[0], *_gather(tables, ids[0]))
-        return jax.tree.map(lambda x: jnp.asarray(x)[None], outcome)
-    return jax.vmap(client)(ids, valid, work, *_gather(tables, ids))
+def _side_by_side(visit: Visit, lane: Lane, table: Any) -> Outcome:
+    if lane.id.shape[0] == 1:
+        one = jax.tree.map(lambda x: x[0], lane)
+        return jax.tree.map(lambda x: jnp.asarray(x)[None], visit(one, _take(table, one.place)))
+    return jax.vmap(visit)(lane, _take(table, lane.place))
 
 
-def _gather(tables: Tables, ids: jax.Array) -> tuple[Any, jax.Array]:
-    ids = jnp.minimum(ids, tables.seen.shape[0] - 1)
-    return jax.tree.map(lambda x: x[ids], tables.kept), tables.seen[ids]
+def _first(lanes: Lane, table: Any) -> tuple[Lane, Any]:
+    lane = jax.tree.map(lambda x: x[0, 0], lanes)
+    return lane, _take(table, lane.place)
 
 
-def _scatter(tables: Tables, rows: jax.Array, kept: Any) -> Tables:
-    put = jax.tree.map(lambda x, new: x.at[rows].set(new.astype(x.dtype), mode="drop"), tables.kept, kept)
-    return Tables(put, tables.seen.at[rows].set(True, mode="drop"))
+def _take(table: Any, places: jax.Array) -> Any:
+    return jax.tree.map(lambda x: x[jnp.clip(places, 0, x.shape[0] - 1)], table)
 
 
-def _pad(values: jax.Array, length: int, fill: Any) -> jax.Array:
-    return jnp.concatenate([values, jnp.full((length - values.shape[0],), fill, values.dtype)])
+def _put(table: Any, places: jax.Array, rows: Any) -> Any:
+    return jax.tree.map(lambda x, new: x.at[places].set(new.astype(x.dtype), mode="drop"), table, rows)
 
 
-def _unsort(values: jax.Array, order: jax.Array) -> jax.Array:
-    return jnp.zeros_like(values).at[order].set(values)
+def _length(table: Any) -> int:
+    return max((x.shape[0] for x in jax.tree.leaves(table)), default=0)
+
+
+def _zeros(tree: Any, leading: tuple[int, ...] = ()) -> Any:
+    return jax.tree.map(lambda x: jnp.zeros((*leading, *x.shape), x.dtype), tree)

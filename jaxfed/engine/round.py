@@ -5,11 +5,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import Partial
 
 from jaxfed import trees
 from jaxfed.base import Broadcast, Cohort, CohortInfo, RunState, Selector
+from jaxfed.client.batches import ClientRows
 from jaxfed.engine.algorithm import Algorithm
-from jaxfed.engine.lanes import Outcome, Tables, fold_clients
+from jaxfed.engine.cohort import Tables, fold_clients
+from jaxfed.engine.lanes import Outcome
+from jaxfed.engine.mesh import BY_DEVICE, EVERYWHERE, Devices
 from jaxfed.engine.population import Population
 from jaxfed.engine.sums import Reduced, reduce_cohort, share_of
 from jaxfed.engine.survey import survey_cohort
@@ -42,37 +46,40 @@ def run_round(
     """Select, broadcast, run and prepare at each client, add, finalize, receive, update, observe."""
     key = jax.random.fold_in(state.key, state.round)
     cohort = selector.select(state.selector, jax.random.fold_in(key, SELECTION), state.round, population.count)
-    work = jnp.where(cohort.valid, cohort.work, 0)
-    sizes = population.sizes[jnp.clip(cohort.ids, 0, population.count - 1)]
-    steps = algorithm.client.num_steps(sizes, work, population.capacity)
+    cohort = cohort._replace(work=jnp.where(cohort.valid, cohort.work, 0))
+    sizes = population.sizes[population.slots(cohort.ids)]
+    steps = algorithm.client.num_steps(sizes, cohort.work, population.capacity)
 
     broadcast = Broadcast(state.params, state.stats, algorithm.server.send(state.server), state.round)
     sent = algorithm.aggregator.send(state.aggregator)
-    client_keys = jax.random.fold_in(key, CLIENTS)
     if algorithm.survey is not None:
-        found = survey_cohort(
-            algorithm, population, broadcast, cohort._replace(work=work), jax.random.fold_in(key, SURVEY), lanes
-        )
+        found = survey_cohort(algorithm, population, broadcast, cohort, jax.random.fold_in(key, SURVEY), lanes)
         broadcast = broadcast._replace(survey=found)
 
-    def client(id: jax.Array, valid: jax.Array, work: jax.Array, kept: Any, seen: jax.Array) -> Outcome:
-        run_key, first_key = jax.random.split(jax.random.fold_in(client_keys, id))
-        # As in a deployment, a client that is new starts from this round's weights.
-        kept = trees.select(seen, kept, algorithm.client.init_kept(state.params, first_key))
-        upload, kept = algorithm.client.run(broadcast, kept, population.client(id, work), run_key)
-        summand, stacked, counts = share_of(algorithm, upload, sent, valid)
-        weight = algorithm.aggregator.weigh(upload.metrics)
-        return Outcome(summand, kept, (upload.metrics, stacked, jnp.where(counts, weight, 0)), counts)
-
+    client = Partial(_visit_client, algorithm, broadcast, sent, jax.random.fold_in(key, CLIENTS))
     tables = Tables(state.kept, state.seen)
-    total, tables, ((metrics, stacked, weights), counts) = fold_clients(client, cohort._replace(work=work), steps, tables, lanes)
+    total, tables, (metrics, weights), stacked, counts = fold_clients(client, cohort, steps, tables, (population,), lanes)
 
     info = CohortInfo(state.round, population.count, population.weight, total.clients, total.weight)
     reduced = reduce_cohort(algorithm, total, stacked, weights, state, info)
     state = server_step(algorithm, state, reduced, info)
     observed = selector.observe(state.selector, cohort, metrics)
     report = RoundInfo(state.round, cohort, metrics, counts, trees.norm(reduced.gradient))
-    return state._replace(round=state.round + 1, selector=observed, kept=tables.kept, seen=tables.seen), report
+    state = state._replace(round=state.round + 1, selector=observed, kept=tables.kept, seen=tables.seen)
+    return population.devices.constrain(state, state_layout(state, population.devices)), report
+
+
+def _visit_client(
+    algorithm: Algorithm, start: Broadcast, sent: Any, key: jax.Array, id: jax.Array, kept: Any, seen: jax.Array, rows: ClientRows
+) -> Outcome:
+    """All that happens at one client."""
+    run_key, first_key = jax.random.split(jax.random.fold_in(key, id))
+    # As in a deployment, a client that is new starts from this round's weights.
+    kept = trees.select(seen, kept, algorithm.client.init_kept(start.params, first_key))
+    upload, kept = algorithm.client.run(start, kept, rows, run_key)
+    summand, stacked, counts = share_of(algorithm, upload, sent)
+    weight = jnp.where(counts, algorithm.aggregator.weigh(upload.metrics), 0)
+    return Outcome(summand, kept, (upload.metrics, weight), stacked, counts)
 
 
 def server_step(algorithm: Algorithm, state: RunState, reduced: Reduced, info: CohortInfo) -> RunState:
@@ -86,3 +93,10 @@ def server_step(algorithm: Algorithm, state: RunState, reduced: Reduced, info: C
     old = (state.params, state.stats, state.server, state.aggregator)
     params, stats, server, aggregator = trees.select(info.clients > 0, new, old)
     return state._replace(params=params, stats=stats, server=server, aggregator=aggregator)
+
+
+def state_layout(state: RunState, devices: Devices) -> RunState:
+    """Where the parts of a state lie: kept rows by client, the server's own states in parts, all else on every device."""
+    layout = jax.tree.map(lambda _: EVERYWHERE, state)
+    own = {"server": devices.split(state.server), "aggregator": devices.split(state.aggregator)}
+    return layout._replace(kept=jax.tree.map(lambda _: BY_DEVICE, state.kept), **own)

@@ -31,10 +31,10 @@ class Reduced(NamedTuple):
     aggregator: Any
 
 
-def share_of(algorithm: Algorithm, upload: Upload, sent: Any, valid: jax.Array) -> tuple[Summand, Any, jax.Array]:
+def share_of(algorithm: Algorithm, upload: Upload, sent: Any) -> tuple[Summand, Any, jax.Array]:
     """A client's summand, what an aggregator that stacks wants of it apart, and whether it counts.
 
-    A client counts if it is valid, did local steps, and is finite throughout. One that does not is left out on its own side,
+    A client counts if it did local steps and is finite throughout. One that does not is left out on its own side,
     through ``where``: 0 times NaN would be NaN.
     """
     if algorithm.aggregator.stacks:
@@ -42,7 +42,7 @@ def share_of(algorithm: Algorithm, upload: Upload, sent: Any, valid: jax.Array) 
         share = (Summand((), (), {}, algorithm.aggregator.weigh(upload.metrics), jnp.ones(())), stacked)
     else:
         share = (_summand(algorithm, upload, sent), ())
-    counts = valid & (upload.metrics["steps"] > 0) & trees.all_finite(share)
+    counts = (upload.metrics["steps"] > 0) & trees.all_finite(share)
     return *trees.select(counts, share, trees.zeros_like(share)), counts
 
 

@@ -9,6 +9,7 @@ from engine.oracle import CLASSES, FEATURES, flat, loss_and_gradient, softmax_da
 import jaxfed
 from jaxfed import Model, Simulation
 from jaxfed.engine.evaluation import sum_metrics
+from jaxfed.engine.population import Population
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -66,8 +67,10 @@ MASKED = Model(unused, unused, unused, masked_metrics)
 
 @pytest.mark.parametrize("batch_size", [1, 3, 5, 10])
 def test_every_row_counts_once_and_masked_rows_never(batch_size):
-    x, clients = jnp.arange(10.0)[:, None], jnp.array([0, 0, 0, 1, 1, 1, 1, 2, 2, 2])
-    sums = sum_metrics(MASKED, (), {"mean": jnp.array(1.0)}, {"x": x}, clients, 4, batch_size)
+    x = jnp.arange(10.0)[:, None]
+    columns = (jnp.array([0, 3, 7, 10]), jnp.array([3, 4, 3, 0]), jnp.zeros(4, jnp.int32))
+    population = Population({"x": x}, *columns, weight=1.0, capacity=4, count=4)
+    sums = sum_metrics(MASKED, (), {"mean": jnp.array(1.0)}, population, at_once=batch_size)
     batches = -(-10 // batch_size)
     assert sums["loss"].sum() == pytest.approx(batches)
     np.testing.assert_allclose(sums["offset"], [0, 14, 21, 0], rtol=1e-12)

@@ -1,0 +1,70 @@
+"""Where the clients' rows lie: on the devices as a whole, or on the host, with a page on the devices for each round's cohort."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxfed.data.federated import FederatedData
+from jaxfed.engine.algorithm import Algorithm
+from jaxfed.engine.mesh import EVERYWHERE, Devices
+from jaxfed.engine.population import Population, weigh_population
+
+
+class Placement:
+    """A data set and the devices that train on it. On several machines each reads the rows of its own clients alone.
+
+    Args:
+        data: The clients' rows; arrays may be memory-mapped files.
+        algorithm: Whose aggregator weighs the clients.
+        devices: Where rounds run.
+    """
+
+    def __init__(self, data: FederatedData, algorithm: Algorithm, devices: Devices):
+        self.data, self.devices = data, devices
+        self.sizes, self.firsts = data.sizes, data.offsets[:-1]
+        self.capacity = max(1, data.max_size)
+        self.per_machine = -(-data.num_clients // devices.machines)
+        sizes = jnp.asarray(self.sizes, jnp.int32)
+        self.weight = weigh_population(algorithm.client, algorithm.aggregator, sizes, capacity=self.capacity)
+
+    def whole(self) -> Population:
+        """All rows, on the devices."""
+        clients = np.arange(self.data.num_clients)
+        firsts = np.minimum(np.arange(self.devices.machines + 1) * self.per_machine, self.data.num_clients)
+        edges = self.data.offsets[firsts]
+        slices = [slice(*edges[machine : machine + 2]) for machine in range(self.devices.machines)]
+        arrays = {key: self._place(x, [[s] for s in slices], int(np.diff(edges).max())) for key, x in self.data.arrays.items()}
+        return self._population(arrays, self.firsts - edges[clients // self.per_machine], clients, paged=False)
+
+    def page(self, ids: np.ndarray, length: int) -> Population:
+        """The rows of some clients ``[C]``, in arrays of ``length`` rows on each machine: no other cohort compiles anew."""
+        starts, slices = np.zeros(len(ids), np.int64), []
+        for machine in range(self.devices.machines):
+            mine = ids // self.per_machine == machine
+            starts[mine] = np.cumsum(self.sizes[ids[mine]]) - self.sizes[ids[mine]]
+            slices.append([slice(self.firsts[i], self.firsts[i] + self.sizes[i]) for i in ids[mine]])
+        arrays = {key: self._place(x, slices, length) for key, x in self.data.arrays.items()}
+        return self._population(arrays, starts, ids, paged=True)
+
+    def page_length(self, cohort_size: int) -> int:
+        """The most rows that a cohort can have."""
+        return int(np.sort(self.sizes)[::-1][:cohort_size].sum())
+
+    def _population(self, arrays: dict[str, jax.Array], starts: np.ndarray, ids: np.ndarray, *, paged: bool) -> Population:
+        columns = [np.asarray(x, np.int32) for x in (starts, self.sizes[ids], ids // self.per_machine)]
+        placed = self.devices.place((*columns, self.weight), (EVERYWHERE,) * 4)
+        return Population(arrays, *placed, self.capacity, self.data.num_clients, paged, self.devices)
+
+    def _place(self, array: np.ndarray, slices: list[list[slice]], length: int) -> jax.Array:
+        dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+
+        def block(machine: int) -> np.ndarray:
+            if len(slices[machine]) == 1 and (only := array[slices[machine][0]]).shape[0] == length:
+                return np.asarray(only, dtype)
+            rows, filled = np.zeros((length, *array.shape[1:]), dtype), 0
+            for piece in slices[machine]:
+                rows[filled : filled + piece.stop - piece.start] = array[piece]
+                filled += piece.stop - piece.start
+            return rows
+
+        return self.devices.place_blocks(block, length)
