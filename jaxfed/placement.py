@@ -1,5 +1,8 @@
 """Where the clients' rows lie: on the devices as a whole, or on the host, with a page on the devices for each round's cohort."""
 
+import os
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +30,12 @@ class Placement:
         sizes = jnp.asarray(self.sizes, jnp.int32)
         self.weight = weigh_population(algorithm.client, algorithm.aggregator, sizes, capacity=self.capacity)
 
+    def fits(self, rows: Any) -> bool:
+        """Whether data and a table of kept ``rows`` take at most half of the devices' memory."""
+        own = sum(x.size // x.shape[0] * x.dtype.itemsize for x in self.data.arrays.values()) * self.data.num_examples
+        kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rows)) * self.data.num_clients
+        return own / self.devices.machines + kept / self.devices.count <= _memory(self.devices) / 2
+
     def whole(self) -> Population:
         """All rows, on the devices."""
         clients = np.arange(self.data.num_clients)
@@ -34,26 +43,35 @@ class Placement:
         edges = self.data.offsets[firsts]
         slices = [slice(*edges[machine : machine + 2]) for machine in range(self.devices.machines)]
         arrays = {key: self._place(x, [[s] for s in slices], int(np.diff(edges).max())) for key, x in self.data.arrays.items()}
-        return self._population(arrays, self.firsts - edges[clients // self.per_machine], clients, paged=False)
+        return self._population(arrays, self.firsts - edges[clients // self.per_machine], self.sizes, clients, paged=False)
 
     def page(self, ids: np.ndarray, length: int) -> Population:
-        """The rows of some clients ``[C]``, in arrays of ``length`` rows on each machine: no other cohort compiles anew."""
+        """The rows of some clients ``[C]``, in arrays of ``length`` rows on each machine: no other cohort compiles anew.
+
+        A number outside holds no rows.
+        """
+        there = (ids >= 0) & (ids < self.data.num_clients)
+        sizes, firsts = np.where(there, self.sizes[ids * there], 0), self.firsts[ids * there]
         starts, slices = np.zeros(len(ids), np.int64), []
         for machine in range(self.devices.machines):
             mine = ids // self.per_machine == machine
-            starts[mine] = np.cumsum(self.sizes[ids[mine]]) - self.sizes[ids[mine]]
-            slices.append([slice(self.firsts[i], self.firsts[i] + self.sizes[i]) for i in ids[mine]])
+            starts[mine] = np.cumsum(sizes[mine]) - sizes[mine]
+            slices.append([slice(first, first + size) for first, size in zip(firsts[mine], sizes[mine])])
         arrays = {key: self._place(x, slices, length) for key, x in self.data.arrays.items()}
-        return self._population(arrays, starts, ids, paged=True)
+        return self._population(arrays, starts, sizes, ids, paged=True)
 
     def page_length(self, cohort_size: int) -> int:
         """The most rows that a cohort can have."""
         return int(np.sort(self.sizes)[::-1][:cohort_size].sum())
 
-    def _population(self, arrays: dict[str, jax.Array], starts: np.ndarray, ids: np.ndarray, *, paged: bool) -> Population:
-        columns = [np.asarray(x, np.int32) for x in (starts, self.sizes[ids], ids // self.per_machine)]
+    def _population(
+        self, arrays: dict[str, jax.Array], starts: np.ndarray, sizes: np.ndarray, ids: np.ndarray, *, paged: bool
+    ) -> Population:
+        columns = [np.asarray(x, np.int32) for x in (starts, sizes, ids // self.per_machine)]
         placed = self.devices.place((*columns, self.weight), (EVERYWHERE,) * 4)
-        return Population(arrays, *placed, self.capacity, self.data.num_clients, paged, self.devices)
+        return Population(
+            arrays, placed[0], placed[1], placed[2], placed[3], self.capacity, self.data.num_clients, paged, self.devices
+        )
 
     def _place(self, array: np.ndarray, slices: list[list[slice]], length: int) -> jax.Array:
         dtype = jax.dtypes.canonicalize_dtype(array.dtype)
@@ -68,3 +86,11 @@ class Placement:
             return rows
 
         return self.devices.place_blocks(block, length)
+
+
+def _memory(devices: Devices) -> float:
+    """Bytes of memory of each device; the CPU's devices share the machine's."""
+    stats = devices.memory_stats()
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / devices.per_machine

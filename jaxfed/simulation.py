@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,19 +12,22 @@ import numpy as np
 from jaxfed import checks, part, trees
 from jaxfed.base import Broadcast, Model, Params, RunState, Selector
 from jaxfed.data.federated import FederatedData
-from jaxfed.engine.algorithm import Algorithm
 from jaxfed.engine import mesh
+from jaxfed.engine.algorithm import Algorithm
 from jaxfed.engine.cohort import Tables
 from jaxfed.engine.evaluation import sum_metrics, sum_personal_metrics
 from jaxfed.engine.lanes import default_lanes
 from jaxfed.engine.mesh import Devices
 from jaxfed.engine.population import Population, table_length
 from jaxfed.engine.round import RoundInfo, run_round, state_layout
+from jaxfed.paging import Pager, run_paged, sum_by_pages
 from jaxfed.placement import Placement
 from jaxfed.reports import Evaluation, History, RoundReport
 from jaxfed.server.selection import Everyone, Uniform
 
 _EVALUATION_ROWS = 256
+# Clients whose rows are evaluated together, where they come page by page.
+_PAGE = 1024
 # The run's key is folded once for each use of it.
 _MODEL, _SERVER, _RUN = range(3)
 
@@ -39,6 +43,9 @@ class Simulation:
         lanes: ``L``, clients that run side by side on each device; None chooses by the sizes of model and cohort.
         devices: How many of JAX's devices take part, or which; None takes all, at most one for each client of a cohort.
         chunk: The most rounds in one compiled call.
+        paged: Keeps data and what clients keep on the host, whence a page goes to the devices for each cohort, the next one's
+            while this one trains; a folder keeps the clients' rows there, in memory-mapped files. None does so where the
+            devices' memory is too small.
 
     Raises:
         TypeError, ValueError: For parts of the wrong type, a cohort larger than the population, or data without rows.
@@ -63,8 +70,9 @@ class Simulation:
         *,
         selector: Selector | None = None,
         lanes: int | None = None,
-        devices: int | Sequence[jax.Device] | None = None,
+        devices: int | Sequence[Any] | None = None,
         chunk: int = 10,
+        paged: bool | str | Path | None = None,
     ):
         self.algorithm = checks.instance("algorithm", algorithm, Algorithm, "Use a recipe such as fedavg(...).")
         self.data = checks.instance("data", data, FederatedData, "Use FederatedData.from_arrays(arrays, client_ids).")
@@ -74,6 +82,8 @@ class Simulation:
         self._lanes = None if lanes is None else min(checks.count("lanes", lanes, at_least_one), self.cohort_size)
         self.chunk = checks.count("chunk", chunk, at_least_one)
         self.devices = _devices(devices, self.cohort_size)
+        self._paged = paged
+        self._placement = Placement(data, algorithm, self.devices)
         if data.num_examples == 0:
             raise ValueError("data: expected at least one row, got none.")
 
@@ -82,7 +92,7 @@ class Simulation:
         """The data on the device, placed there when first used."""
         # Kept on the object, so it must hold arrays even if it is first asked for inside somebody's trace.
         with jax.ensure_compile_time_eval():
-            return Placement(self.data, self.algorithm, self.devices).whole()
+            return self._placement.whole()
 
     @property
     def model(self) -> Model:
@@ -153,7 +163,7 @@ class Simulation:
         if eval_every:
             self._check_rows("eval_data", self.data if eval_data is None else eval_data)
         # The compiled call donates what clients keep; the caller's table stays his.
-        state = state._replace(kept=trees.copy(state.kept), seen=trees.copy(state.seen))
+        state = state._replace(kept=self._copy_kept(state), seen=trees.copy(state.seen))
         end = int(state.round) + rounds
         while (done := int(state.round)) < end:
             until_evaluation = eval_every - done % eval_every if eval_every else rounds
@@ -171,7 +181,11 @@ class Simulation:
             data: What to evaluate on; None means the training data.
         """
         data = self._check_rows("data", self.data if data is None else data)
-        sums = sum_metrics(self.model, state.params, state.stats, self._place(data), at_once=_EVALUATION_ROWS)
+        sum_rows = partial(sum_metrics, self.model, state.params, state.stats, at_once=_EVALUATION_ROWS)
+        if (pager := self._pager(state.params, data)) is None:
+            sums = sum_rows(self._place(data))
+        else:
+            sums = sum_by_pages(lambda ids: sum_rows(pager.population(ids)), pager.size, data.num_clients)
         return Evaluation.from_sums(sums, data.sizes)
 
     def evaluate_in_use(self, state: RunState, data: FederatedData | None = None) -> Evaluation:
@@ -194,33 +208,61 @@ class Simulation:
         rows, owners = self.data if data is None else data, self.data if train is None else train
         if rows.num_clients != owners.num_clients:
             raise ValueError(f"data: expected {owners.num_clients} clients, got {rows.num_clients}. Give train= for new clients.")
-        places = [self._place(d) for d in (owners, rows)]
         tables = Tables(state.kept, state.seen) if train is None else self._fresh_tables(state, owners.num_clients)
         start = Broadcast(state.params, state.stats, self.algorithm.server.send(state.server), state.round)
-        key = jax.random.fold_in(state.key, state.round)
         options = {"lanes": self.lanes(state.params), "batch_size": min(_EVALUATION_ROWS, max(1, rows.max_size))}
-        everyone = jnp.arange(rows.num_clients)
-        sums = sum_personal_metrics(self.algorithm.client, start, (places[0], places[1]), tables, everyone, key, **options)
+        key = jax.random.fold_in(state.key, state.round)
+        sum_rows = partial(sum_personal_metrics, self.algorithm.client, start, key, **options)
+        own, other = (self._pager(state.params, d) for d in (owners, rows))
+        if own is None or other is None:
+            sums = sum_rows((self._place(owners), self._place(rows)), tables, jnp.arange(rows.num_clients))
+        else:
+            pages = lambda ids: (own.population(ids), other.population(ids))  # noqa: E731
+            sum_page = lambda ids: sum_rows(pages(ids), own.tables(tables, ids), jnp.asarray(ids))  # noqa: E731
+            sums = sum_by_pages(sum_page, own.size, rows.num_clients)
         return Evaluation.from_sums(sums, rows.sizes)
 
     def _place(self, data: FederatedData) -> Population:
         return self.population if data is self.data else Placement(data, self.algorithm, self.devices).whole()
 
+    def _pager(self, params: Params, data: FederatedData, size: int = _PAGE) -> Pager | None:
+        """What brings pages of ``size`` clients to the devices, if data and kept rows stay on the host."""
+        rows = jax.eval_shape(self.algorithm.client.init_kept, params, jax.random.key(0))
+        if self._paged is False or (self._paged is None and self._placement.fits(rows)):
+            return None
+        placement = self._placement if data is self.data else Placement(data, self.algorithm, self.devices)
+        return Pager(placement, rows, min(size, data.num_clients), self._paged if isinstance(self._paged, str | Path) else None)
+
     def _first_state(self, params: Params, stats: Any, key: jax.Array, count: int) -> RunState:
-        return _first_state(self.algorithm, self.selector, params, stats, key, count=count, devices=self.devices)
+        pager = self._pager(params, self.data)
+        rows = table_length(-(-count // self.devices.machines), self.devices) if pager is None else 0
+        parts, options = (self.algorithm, self.selector), {"count": count, "rows": rows, "devices": self.devices}
+        state = _first_state(*parts, params, stats, key, **options)
+        return state if pager is None else state._replace(kept=pager.table(count))
 
     def _fresh_tables(self, state: RunState, count: int) -> Tables:
         first = self._first_state(state.params, state.stats, state.key, count)
         return Tables(first.kept, first.seen)
 
+    def _copy_kept(self, state: RunState) -> Any:
+        pager = self._pager(state.params, self.data)
+        return trees.copy(state.kept) if pager is None else pager.copy(state.kept, state.seen)
+
     def _advance(self, state: RunState, rounds: int) -> tuple[RunState, list[RoundReport]]:
-        state = self.devices.place(state, state_layout(state, self.devices))
-        tables = (state.kept, state.seen)
-        rest = state._replace(kept=(), seen=())  # type: ignore[arg-type]
-        lanes = self.lanes(state.params)
-        parts = (self.algorithm, self.selector, self.population)
-        state, infos = _run_rounds(parts, rest, tables, jnp.asarray(rounds, jnp.int32), chunk=self.chunk, lanes=lanes)
-        return state, RoundReport.unstack(jax.device_get(infos), rounds)
+        pager, lanes = self._pager(state.params, self.data, self.cohort_size), self.lanes(state.params)
+
+        def run(population: Population, state: RunState, rounds: int, chunk: int) -> tuple[RunState, RoundInfo]:
+            state = self.devices.place(state, state_layout(state, self.devices))
+            tables = (state.kept, state.seen)
+            rest = state._replace(kept=(), seen=())  # type: ignore[arg-type]
+            parts = (self.algorithm, self.selector, population)
+            return _run_rounds(parts, rest, tables, jnp.asarray(rounds, jnp.int32), chunk=chunk, lanes=lanes)
+
+        if pager is None:
+            state, infos = run(self.population, state, rounds, self.chunk)
+            return state, RoundReport.unstack(jax.device_get(infos), rounds)
+        state, pages = run_paged(pager, self.selector, lambda page, state: run(page, state, 1, 1), state, rounds)
+        return state, [RoundReport.unstack(info, 1)[0] for info in jax.device_get(pages)]
 
     def _check_rows(self, where: str, data: Any) -> FederatedData:
         if checks.instance(where, data, FederatedData).num_examples == 0:
@@ -256,13 +298,20 @@ def _init_model(model: Model, key: jax.Array) -> tuple[Params, Any]:
     return model.init(jax.random.fold_in(key, _MODEL))
 
 
-@partial(jax.jit, static_argnames=("count", "devices"))
+@partial(jax.jit, static_argnames=("count", "rows", "devices"))
 def _first_state(
-    algorithm: Algorithm, selector: Selector, params: Params, stats: Any, key: jax.Array, *, count: int, devices: Devices
+    algorithm: Algorithm,
+    selector: Selector,
+    params: Params,
+    stats: Any,
+    key: jax.Array,
+    *,
+    count: int,
+    rows: int,
+    devices: Devices,
 ) -> RunState:
     """A state in buffers of its own; one program, since op by op each small array would be compiled alone."""
     kept = jax.eval_shape(algorithm.client.init_kept, params, key)
-    rows = table_length(-(-count // devices.machines), devices)
     state = RunState(
         round=jnp.zeros((), jnp.int32),
         params=trees.copy(params),
@@ -277,7 +326,7 @@ def _first_state(
     return devices.constrain(state, state_layout(state, devices))
 
 
-def _devices(devices: int | Sequence[jax.Device] | None, cohort_size: int) -> Devices:
+def _devices(devices: int | Sequence[Any] | None, cohort_size: int) -> Devices:
     if devices is None:
         everyone = mesh.default_devices()
         return mesh.make_devices(everyone[:cohort_size] if jax.process_count() == 1 else everyone)

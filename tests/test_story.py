@@ -17,11 +17,12 @@ STORY = """
     client.batches client.gradients client.measures client.local client.surveys
     personal.wrapper personal.partial personal.ditto personal.pfedme personal.fedem personal.apfl personal.finetune
     server.aggregators server.normalized server.fair server.robust server.geometric server.selection attacks
-    engine.algorithm engine.mesh engine.population engine.sums engine.lanes engine.cohort engine.survey engine.round engine.evaluation
+    engine.algorithm engine.mesh engine.population engine.sums engine.lanes engine.cohort engine.survey engine.round
+    engine.evaluation
     algorithms algorithms_corrected algorithms_personal
     data.federated data.partition data.datasets data
     models.layers models.losses models.functions models.adapters models.reference models
-    reports placement simulation testing
+    reports placement paging simulation testing
     run.files run.environment run.section run.config run.checkpoint run.history run.export run.plots run.listing run.show
     run.build run.folder run.training run run.commands run.cli
 """.split()

@@ -157,4 +157,4 @@ def _visit_dealt(
 
 def _by_machine(population: Population) -> Population:
     everywhere = jax.tree.map(lambda _: EVERYWHERE, population)
-    return dataclasses.replace(everywhere, arrays={key: BY_MACHINE for key in population.arrays})
+    return dataclasses.replace(everywhere, arrays=dict.fromkeys(population.arrays, BY_MACHINE))

@@ -31,7 +31,7 @@ def sum_metrics(model: Model, params: Params, stats: Stats, population: Populati
     devices = population.devices
     everywhere = partial(jax.tree.map, lambda _: EVERYWHERE)
     args = (population, model, params, stats)
-    layout = dataclasses.replace(everywhere(population), arrays={key: BY_MACHINE for key in population.arrays})
+    layout = dataclasses.replace(everywhere(population), arrays=dict.fromkeys(population.arrays, BY_MACHINE))
     return devices.run(partial(_sum_on_device, at_once=at_once), args, (layout, *everywhere(args[1:])), EVERYWHERE)
 
 
@@ -65,10 +65,10 @@ def _sum_on_device(population: Population, model: Model, params: Params, stats: 
 def sum_personal_metrics(
     client: ClientUpdate,
     start: Broadcast,
+    key: jax.Array,
     populations: tuple[Population, Population],
     tables: Tables,
     ids: jax.Array,
-    key: jax.Array,
     *,
     lanes: int,
     batch_size: int,
@@ -78,10 +78,10 @@ def sum_personal_metrics(
     Args:
         client: Personalizes, and computes metrics of the result.
         start: The global model, as it would be sent.
+        key: Decides the draws of personalization.
         populations: The clients' training rows, which personalization may use, and the rows to evaluate on; aligned by client.
         tables: What clients keep.
         ids: ``[C]`` which clients.
-        key: Decides the draws of personalization.
         lanes: ``L``, static.
         batch_size: Rows at a time, static.
     """

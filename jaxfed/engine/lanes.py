@@ -44,8 +44,8 @@ Visit = Callable[[Lane, Any], Outcome]
 def fold_waves(visit: Visit, lanes: Lane, waves: jax.Array, table: Any) -> tuple[Any, Any, Outcome]:
     """Visits every client and adds up the summands.
 
-    Each wave takes and puts back its kept rows in place. A wave lasts as long as its longest client, so clients should come sorted
-    by their work.
+    Each wave takes and puts back its kept rows in place. It lasts as long as its longest client, so clients should come sorted by
+    their work.
 
     Args:
         visit: What one client does.

@@ -46,6 +46,10 @@ class Devices:
         """All devices."""
         return self.machines * self.per_machine
 
+    def memory_stats(self) -> dict[str, Any] | None:
+        """What the first of this process's devices says of its memory."""
+        return (jax.local_devices()[0] if self.mesh is None else self.mesh.local_devices[0]).memory_stats()
+
     # Inside the program of one device.
 
     def machine(self) -> jax.Array | int:
@@ -142,21 +146,25 @@ class Devices:
             return jax.tree.map(jnp.asarray, tree)
         return jax.tree.map(lambda x, spec: _like_data(lambda data: _put(data, self.sharding(spec)), x), tree, specs)
 
-    def place_blocks(self, block: Callable[[int], Any], length: int) -> jax.Array:
+    def place_blocks(self, block: Callable[[int], Any], length: int, spec: PartitionSpec = BY_MACHINE) -> jax.Array:
         """An array ``[machines * length, ...]`` of the rows ``block(machine)``; a process is only asked for its own."""
         if self.machines == 1:
             rows = block(0)
-            return jnp.asarray(rows) if self.mesh is None else jax.device_put(rows, self.sharding(BY_MACHINE))
-        mine = {}
+            return jnp.asarray(rows) if self.mesh is None else jax.device_put(rows, self.sharding(spec))
+        mine = block(jax.process_index())
+        here = jax.process_index() * length
 
         def rows_at(index: tuple[slice, ...]) -> Any:
-            machine = (index[0].start or 0) // length
-            if machine not in mine:
-                mine[machine] = block(machine)
-            return mine[machine]
+            return mine[(index[0].start or 0) - here : (index[0].stop or self.machines * length) - here]
 
-        trailing = block(jax.process_index()).shape[1:]
-        return jax.make_array_from_callback((self.machines * length, *trailing), self.sharding(BY_MACHINE), rows_at)
+        return jax.make_array_from_callback((self.machines * length, *mine.shape[1:]), self.sharding(spec), rows_at)
+
+    def local_rows(self, array: jax.Array) -> Any:
+        """This machine's rows of an array that lies by device, on the host."""
+        if self.machines == 1:
+            return jax.device_get(array)
+        shards = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+        return jax.device_get(jnp.concatenate([shards[start] for start in sorted(shards)]))
 
     def constrain(self, tree: Any, specs: Any) -> Any:
         """The same values, laid out; inside a compiled function."""
@@ -173,7 +181,7 @@ class Devices:
         return jax.tree.map(lambda x: _split_spec(x.shape, self.count, 1), tree)
 
 
-def make_devices(devices: list[jax.Device]) -> Devices:
+def make_devices(devices: list[Any]) -> Devices:
     """A grid: a row for each process, a column for each of its devices; no grid for JAX's default device alone.
 
     Raises:
@@ -181,7 +189,7 @@ def make_devices(devices: list[jax.Device]) -> Devices:
     """
     if len(devices) == 1 and devices[0] == jax.devices()[0] and jax.process_count() == 1:
         return Devices()
-    by_process: dict[int, list[jax.Device]] = {}
+    by_process: dict[int, list[Any]] = {}
     for device in devices:
         by_process.setdefault(device.process_index, []).append(device)
     counts = {len(row) for row in by_process.values()}
@@ -192,7 +200,7 @@ def make_devices(devices: list[jax.Device]) -> Devices:
     return Devices(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 2, devices=flat))
 
 
-def default_devices() -> list[jax.Device]:
+def default_devices() -> list[Any]:
     """The devices of a run that names none: all that there are."""
     return jax.devices()
 
