@@ -3,21 +3,26 @@
 import jax
 import jax.numpy as jnp
 
-# Four rounds, or halves of two bits, are visibly unfair at n = 5.
+# Two rounds, or six with sides of four, are visibly unfair at n = 5.
 _ROUNDS = 8
-_SMALLEST_HALF = 3
+_SMALLEST_SIDE = 8
+# 2**32 over the golden ratio: its multiples are spread evenly.
+_GOLDEN = 0x9E3779B9
 
 
-def permute(key: jax.Array, positions: jax.Array, size: jax.Array | int) -> jax.Array:
+def permute(key: jax.Array, positions: jax.Array, size: jax.Array | int, tweak: jax.Array | int = 0) -> jax.Array:
     """Where a random permutation of ``range(size)`` sends each position.
 
-    A Feistel network over the smallest even number of bits that holds ``size`` (at least six), walked until it lands inside. The
-    cost depends on the number of positions alone: 100 clients out of a million take as long as out of a thousand.
+    A Feistel network on a rectangle of at least ``size`` cells, as square as can be and at least 8 by 8, walked until it lands
+    inside: rows and columns are shifted in turn by a hash of the other. The cost depends on the number of positions alone: 100
+    clients out of a million take as long as out of a thousand.
 
     Args:
-        key: A PRNG key: it decides the permutation.
+        key: A PRNG key: it decides the permutation. Its bits are hashed as they are: a call of JAX's generator would cost as much
+            as the walk.
         positions: Integers from 0 to ``size - 1``, of any shape.
         size: How many elements are permuted, at least 1; may be traced.
+        tweak: An integer; each gives another permutation for the same key.
 
     Returns:
         Distinct integers from 0 to ``size - 1`` for distinct positions, int32.
@@ -26,15 +31,18 @@ def permute(key: jax.Array, positions: jax.Array, size: jax.Array | int) -> jax.
         >>> order = permute(jax.random.key(0), jnp.arange(7), 7)
         >>> print(jnp.sort(order))
         [0 1 2 3 4 5 6]
+
+    References:
+        Black and Rogaway, Ciphers with Arbitrary Finite Domains, 2002
     """
     size = jnp.maximum(jnp.asarray(size, jnp.uint32), 1)
-    bits = 32 - jax.lax.clz(size - 1)
-    half = jnp.maximum((bits + 1) // 2, _SMALLEST_HALF)
-    round_keys = jax.random.bits(key, (_ROUNDS,), jnp.uint32)
+    rows = jnp.maximum(jnp.ceil(jnp.sqrt(size.astype(jnp.float32))).astype(jnp.uint32), _SMALLEST_SIDE)
+    columns = jnp.maximum((size + rows - 1) // rows, _SMALLEST_SIDE)
+    round_keys = _round_keys(key, tweak)
 
     def walk(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         values, outside = carry
-        values = jnp.where(outside, _feistel(values, half, round_keys), values)
+        values = jnp.where(outside, _feistel(values, rows, columns, round_keys), values)
         return values, values >= size
 
     # The first pass is part of the loop: unrolled twice, the network would double the time that a round takes to compile.
@@ -43,13 +51,28 @@ def permute(key: jax.Array, positions: jax.Array, size: jax.Array | int) -> jax.
     return jax.lax.while_loop(lambda carry: carry[1].any(), walk, (start, start >= 0))[0].astype(jnp.int32)
 
 
-def _feistel(values: jax.Array, half: jax.Array, round_keys: jax.Array) -> jax.Array:
-    """A bijection of ``[0, 4**half)``."""
-    mask = (jnp.uint32(1) << half) - 1
-    left, right = values >> half, values & mask
-    for round_key in round_keys:
-        left, right = right, left ^ (_hash(right ^ round_key) & mask)
-    return (left << half) | right
+def _round_keys(key: jax.Array, tweak: jax.Array | int) -> jax.Array:
+    keys = jnp.arange(_ROUNDS, dtype=jnp.uint32) * jnp.uint32(_GOLDEN)
+    for word in jax.random.key_data(key):
+        keys = _hash(keys ^ word)
+    return _hash(keys ^ jnp.asarray(tweak, jnp.uint32))
+
+
+def _feistel(values: jax.Array, rows: jax.Array, columns: jax.Array, round_keys: jax.Array) -> jax.Array:
+    """A bijection of ``[0, rows * columns)``."""
+    one, other = values // columns, values % columns
+    sides = (rows, columns)
+    for number in range(_ROUNDS):
+        side = sides[number % 2]
+        shifted = one + _below(_hash(other ^ round_keys[number]), side)
+        one, other = other, jnp.where(shifted >= side, shifted - side, shifted)
+    # After an even number of rounds each is what it was: a row and a column.
+    return one * columns + other
+
+
+def _below(bits: jax.Array, limit: jax.Array) -> jax.Array:
+    """Bits as a number below a limit of at most 2**16."""
+    return ((bits >> 16) * limit) >> 16
 
 
 def _hash(x: jax.Array) -> jax.Array:

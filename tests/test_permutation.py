@@ -50,6 +50,11 @@ def test_the_answer_depends_on_the_key_and_not_on_the_shape_or_the_neighbours():
     assert permute(jax.random.key(0), jnp.arange(12), 12).dtype == jnp.int32
 
 
+def test_every_tweak_gives_another_order():
+    tweaked = {tuple(permute(jax.random.key(0), jnp.arange(9), 9, tweak).tolist()) for tweak in range(50)}
+    assert len(tweaked) == 50
+
+
 def test_the_program_is_the_same_for_every_size():
     lower = jax.jit(partial(permute, jax.random.key(0), jnp.arange(10))).lower
     assert lower(jnp.int32(10)).as_text() == lower(jnp.int32(10_000_000)).as_text()
@@ -92,10 +97,10 @@ def test_all_orders_of_five_are_equally_likely():
     assert is_fair(draw())
 
 
-@pytest.mark.parametrize(("rounds", "half"), [(4, 3), (8, 2)])
-def test_fewer_rounds_or_bits_would_be_unfair(rounds, half, monkeypatch):
+@pytest.mark.parametrize(("rounds", "side"), [(2, 8), (8, 2)])
+def test_fewer_rounds_or_smaller_sides_would_be_unfair(rounds, side, monkeypatch):
     monkeypatch.setattr(permutation, "_ROUNDS", rounds)
-    monkeypatch.setattr(permutation, "_SMALLEST_HALF", half)
+    monkeypatch.setattr(permutation, "_SMALLEST_SIDE", side)
     assert not is_fair(draw())
 
 

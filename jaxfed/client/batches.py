@@ -84,7 +84,7 @@ class _Passes(BatchPolicy, register=False):
         positions = jnp.minimum(positions, jnp.maximum(rows.size - 1, 0))
         if not self.shuffle:
             return positions, mask
-        return permute(jax.random.fold_in(key, step // per_pass), positions, rows.size), mask
+        return permute(key, positions, rows.size, tweak=step // per_pass), mask
 
 
 class Epochs(_Passes):
@@ -172,7 +172,8 @@ class Batches:
 
     def __init__(self, policy: BatchPolicy, rows: ClientRows, key: jax.Array):
         self.policy, self.rows = policy, rows
-        self.order_key, self.step_key, self.pass_key = jax.random.split(key, 3)
+        # Each key that nobody uses costs nothing.
+        self.order_key, self.step_key, self.pass_key = (jax.random.fold_in(key, stream) for stream in range(3))
         self.steps = policy.num_steps(rows.size, rows.work, rows.capacity)
 
     def batch(self, step: jax.Array | int) -> dict[str, jax.Array]:

@@ -75,7 +75,7 @@ class LocalTraining(ClientUpdate):
 
         What wraps local training (a personal model, local leaves) calls this; ``upload.delta`` is ``begin - end``.
         """
-        optimizer_key, batch_key = jax.random.split(key)
+        optimizer_key, batch_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
         batches = self.batches.of(rows, batch_key)
 
         def full_gradient(params: Params) -> Params:

@@ -13,7 +13,7 @@ from jaxfed.engine.mesh import BY_DEVICE, BY_MACHINE, EVERYWHERE, Devices
 from jaxfed.engine.population import Population
 
 Client = jax.tree_util.Partial
-"""``(id, kept row, seen, *rows) -> Outcome``, for one client with its :class:`ClientRows` in every population.
+"""``(key, kept row, seen, *rows) -> Outcome``, for one client with its :class:`ClientRows` in every population.
 
 A ``Partial`` of a module's function: what it holds goes to every device.
 """
@@ -45,7 +45,13 @@ class Folded(NamedTuple):
 
 
 def fold_clients(
-    client: Client, cohort: Cohort, steps: jax.Array, tables: Tables, populations: tuple[Population, ...], lanes: int
+    client: Client,
+    cohort: Cohort,
+    steps: jax.Array,
+    key: jax.Array,
+    tables: Tables,
+    populations: tuple[Population, ...],
+    lanes: int,
 ) -> Folded:
     """Runs every client of a cohort.
 
@@ -56,13 +62,16 @@ def fold_clients(
         client: What one client does.
         cohort: ``[C]``; C need not be a multiple of lanes or devices. A client that is not valid is not visited.
         steps: ``[C]`` local steps.
+        key: Folded with a client's number it is that client's own.
         tables: The kept rows.
         populations: Whose rows clients see, all of the same clients.
         lanes: ``L`` on each device, static.
     """
     home, size = populations[0], tables.seen.shape[0]
     seen = tables.seen[jnp.clip(cohort.ids, 0, size - 1)]
-    everyone = Lane(cohort.ids, home.slots(cohort.ids), home.places(cohort.ids), seen, cohort.work)
+    # All at once: in the loop over clients a call of the generator would cost as much as a small local step.
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, cohort.ids)
+    everyone = Lane(keys, home.slots(cohort.ids), home.places(cohort.ids), seen, cohort.work)
     steps = jnp.where(cohort.valid, steps, -1)
     args = (populations, tables.kept, client, everyone, steps)
     on_device = partial(_on_device, devices=home.devices, lanes=lanes)
@@ -96,7 +105,7 @@ def _on_device(
 
 
 def _visit(client: Client, populations: tuple[Population, ...], lane: Lane, kept: Any) -> Outcome:
-    return client(lane.id, kept, lane.seen, *(p.client(lane.slot, lane.work) for p in populations))
+    return client(lane.key, kept, lane.seen, *(p.client(lane.slot, lane.work) for p in populations))
 
 
 def _layouts(populations: tuple[Population, ...], kept: Any, client: Client, everyone: Lane, steps: jax.Array) -> tuple[Any, Any]:
@@ -142,7 +151,7 @@ def _visit_dealt(
     visit: Visit, everyone: Lane, deck: jax.Array, waves: jax.Array, kept: Any, devices: Devices
 ) -> tuple[Any, Any, Outcome]:
     """The waves of one device, on the table itself where a machine has one device, else on a copy of the rows it needs."""
-    size = everyone.id.shape[0]
+    size = everyone.slot.shape[0]
     dealt = jax.tree.map(lambda x: x[jnp.minimum(deck, size - 1)], everyone)
     # Where nobody sits there is no work, and nothing counts.
     dealt = dealt._replace(work=jnp.where(deck < size, dealt.work, 0))

@@ -87,15 +87,14 @@ def sum_personal_metrics(
     """
     train, test = populations
     everyone = Cohort(ids, jnp.ones(ids.shape, bool), jnp.ones(ids.shape))
-    one = Partial(partial(_sum_at_client, batch_size=batch_size), client, start, key)
-    return fold_clients(one, everyone, test.sizes[test.slots(ids)], tables, (train, test), lanes).rows
+    one = Partial(partial(_sum_at_client, batch_size=batch_size), client, start)
+    return fold_clients(one, everyone, test.sizes[test.slots(ids)], key, tables, (train, test), lanes).rows
 
 
 def _sum_at_client(
     client: ClientUpdate,
     start: Broadcast,
     key: jax.Array,
-    id: jax.Array,
     kept: Any,
     seen: jax.Array,
     own: ClientRows,
@@ -103,7 +102,7 @@ def _sum_at_client(
     *,
     batch_size: int,
 ) -> Outcome:
-    run_key, first_key, order_key = jax.random.split(jax.random.fold_in(key, id), 3)
+    run_key, first_key, order_key = jax.random.split(key, 3)
     kept = trees.select(seen, kept, client.init_kept(start.params, first_key))
     personal = client.personalize(start, kept, own, run_key)
     batches = Epochs(batch_size=batch_size, shuffle=False).of(rows, order_key)

@@ -28,9 +28,9 @@ class Outcome(NamedTuple):
 
 
 class Lane(NamedTuple):
-    """What tells a client apart in its lane: number, slot, place of its kept row in the table, whether it was seen, its work."""
+    """What tells a client apart in its lane: key, slot, place of its kept row in the table, whether it was seen, its work."""
 
-    id: jax.Array
+    key: jax.Array
     slot: jax.Array
     place: jax.Array
     seen: jax.Array
@@ -58,7 +58,7 @@ def fold_waves(visit: Visit, lanes: Lane, waves: jax.Array, table: Any) -> tuple
         rest.
     """
     example = jax.eval_shape(lambda: visit(*_first(lanes, table)))
-    buffers = _zeros(example._replace(summand=(), kept=()), lanes.id.shape)
+    buffers = _zeros(example._replace(summand=(), kept=()), lanes.slot.shape)
     carry = (_zeros(example.summand), table, buffers)
 
     def wave(number: jax.Array, carry: tuple) -> tuple:
@@ -85,7 +85,7 @@ def default_lanes(params: Params, cohort_size: int) -> int:
 
 
 def _side_by_side(visit: Visit, lane: Lane, table: Any) -> Outcome:
-    if lane.id.shape[0] == 1:
+    if lane.slot.shape[0] == 1:
         one = jax.tree.map(lambda x: x[0], lane)
         return jax.tree.map(lambda x: jnp.asarray(x)[None], visit(one, _take(table, one.place)))
     return jax.vmap(visit)(lane, _take(table, lane.place))

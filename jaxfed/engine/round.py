@@ -20,6 +20,8 @@ from jaxfed.engine.survey import survey_cohort
 
 # Each use of a round's randomness has a stream of its own, so that adding one leaves the others as they were.
 SELECTION, CLIENTS, SURVEY = range(3)
+# A client's key is its own; what it first keeps is drawn from a stream that local training and its like do not use.
+FIRST_KEPT = 2**16
 
 
 class RoundInfo(NamedTuple):
@@ -56,9 +58,11 @@ def run_round(
         found = survey_cohort(algorithm, population, broadcast, cohort, jax.random.fold_in(key, SURVEY), lanes)
         broadcast = broadcast._replace(survey=found)
 
-    client = Partial(_visit_client, algorithm, broadcast, sent, jax.random.fold_in(key, CLIENTS))
+    client = Partial(_visit_client, algorithm, broadcast, sent)
     tables = Tables(state.kept, state.seen)
-    total, tables, (metrics, weights), stacked, counts = fold_clients(client, cohort, steps, tables, (population,), lanes)
+    total, tables, (metrics, weights), stacked, counts = fold_clients(
+        client, cohort, steps, jax.random.fold_in(key, CLIENTS), tables, (population,), lanes
+    )
 
     info = CohortInfo(state.round, population.count, population.weight, total.clients, total.weight)
     reduced = reduce_cohort(algorithm, total, stacked, weights, state, info)
@@ -70,13 +74,12 @@ def run_round(
 
 
 def _visit_client(
-    algorithm: Algorithm, start: Broadcast, sent: Any, key: jax.Array, id: jax.Array, kept: Any, seen: jax.Array, rows: ClientRows
+    algorithm: Algorithm, start: Broadcast, sent: Any, key: jax.Array, kept: Any, seen: jax.Array, rows: ClientRows
 ) -> Outcome:
     """All that happens at one client."""
-    run_key, first_key = jax.random.split(jax.random.fold_in(key, id))
     # As in a deployment, a client that is new starts from this round's weights.
-    kept = trees.select(seen, kept, algorithm.client.init_kept(start.params, first_key))
-    upload, kept = algorithm.client.run(start, kept, rows, run_key)
+    kept = trees.select(seen, kept, algorithm.client.init_kept(start.params, jax.random.fold_in(key, FIRST_KEPT)))
+    upload, kept = algorithm.client.run(start, kept, rows, key)
     summand, stacked, counts = share_of(algorithm, upload, sent)
     weight = jnp.where(counts, algorithm.aggregator.weigh(upload.metrics), 0)
     return Outcome(summand, kept, (upload.metrics, weight), stacked, counts)

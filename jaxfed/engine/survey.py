@@ -22,16 +22,14 @@ def survey_cohort(
     """The mean of the clients' answers by the aggregator's weights; clients whose answer is not finite are left out."""
     sizes = population.sizes[population.slots(cohort.ids)]
     nothing = Tables((), jnp.zeros(population.count, bool))
-    client = Partial(_ask_client, algorithm, start, key)
-    total, weight = fold_clients(client, cohort, sizes, nothing, (population,), lanes).total
+    client = Partial(_ask_client, algorithm, start)
+    total, weight = fold_clients(client, cohort, sizes, key, nothing, (population,), lanes).total
     return over_weight(total, weight)
 
 
-def _ask_client(
-    algorithm: Algorithm, start: Broadcast, key: jax.Array, id: jax.Array, kept: Any, seen: jax.Array, rows: ClientRows
-) -> Outcome:
+def _ask_client(algorithm: Algorithm, start: Broadcast, key: jax.Array, kept: Any, seen: jax.Array, rows: ClientRows) -> Outcome:
     assert algorithm.survey is not None  # the caller asked
-    answer = trees.widen(algorithm.survey.run(algorithm.client, start, rows, jax.random.fold_in(key, id)))
+    answer = trees.widen(algorithm.survey.run(algorithm.client, start, rows, key))
     steps = algorithm.client.num_steps(rows.size, rows.work, rows.capacity)
     weight = algorithm.aggregator.weigh({"examples": jnp.asarray(rows.size, float), "steps": steps.astype(float)})
     counts = (steps > 0) & trees.all_finite(answer)
