@@ -238,7 +238,7 @@ def _write_rows(folder: Path, state: RunState, kept: dict[str, Any], changed: Ch
         if len(ids) and not 0 <= ids[0] <= ids[-1] < len(state.seen):
             raise ValueError(f"changed.ids: expected clients from 0 to {len(state.seen) - 1}, got {ids[0]} to {ids[-1]}.")
         # Then at least half of the segment would be rows that are in use.
-        if position.size + journal.bytes_of(len(ids), like) <= 2 * journal.bytes_of(len(seen), like):
+        if position.size + journal.payload_bytes(len(ids), like) <= 2 * journal.segment_bytes(len(seen), like):
             return journal.extend(folder, position, _blocks(state, kept, ids)) if len(ids) else position
     return journal.start(folder, like, _blocks(state, kept, seen))
 

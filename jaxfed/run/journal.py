@@ -155,10 +155,14 @@ def remove_unneeded(folder: Path, needed: Iterable[Position]) -> None:
             path.unlink()
 
 
-def bytes_of(count: int, leaves: Leaves) -> int:
-    """The bytes that the rows of so many clients take in a segment, without the records' heads and digests."""
-    row = sum(int(np.prod(x.shape, dtype=np.int64)) * x.dtype.itemsize for x in leaves.values())
-    return count * (8 + row)
+def payload_bytes(count: int, leaves: Leaves) -> int:
+    """The bytes of the rows of so many clients with their numbers."""
+    return count * (8 + sum(int(np.prod(x.shape, dtype=np.int64)) * x.dtype.itemsize for x in leaves.values()))
+
+
+def segment_bytes(count: int, leaves: Leaves) -> int:
+    """The bytes of a segment that holds the rows of so many clients once, in one record."""
+    return len(_described(leaves)) + payload_bytes(count, leaves) + 2 * (_HEAD.size + _DIGEST_BYTES)
 
 
 def _described(leaves: Leaves) -> bytes:
@@ -220,8 +224,8 @@ def _next(file: BinaryIO, before: Position, limit: int) -> tuple[Position, bytes
 
 
 def _unpacked(path: Path, leaves: Leaves, round: int, count: int, payload: memoryview) -> Rows:
-    if len(payload) != bytes_of(count, leaves):
-        raise ValueError(f"{path} was altered: expected {bytes_of(count, leaves)} bytes of {count} rows, got {len(payload)}.")
+    if len(payload) != (expected := payload_bytes(count, leaves)):
+        raise ValueError(f"{path} was altered: expected {expected} bytes of {count} rows, got {len(payload)}.")
     ids, start, values = np.frombuffer(payload, "<i8", count), 8 * count, []
     for like in leaves.values():
         shape = (count, *like.shape)

@@ -97,7 +97,8 @@ def zeros_like(table: Any) -> Any:
         return table
     if isinstance(table, np.ndarray):
         return np.zeros(table.shape, table.dtype)
-    return _zeros(table, _sharding(table))
+    like, impl = stored(table), jax.random.key_impl(table) if is_key(table) else None
+    return _zeros(like.shape, like.dtype, impl, _sharding(table))()
 
 
 def _clear(table: np.memmap) -> None:
@@ -108,14 +109,15 @@ def _clear(table: np.memmap) -> None:
             block[...] = np.zeros((), table.dtype)
 
 
-def _zeros(table: jax.Array, sharding: Any) -> jax.Array:
-    like = stored(table)
+@cache
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, impl: Any, sharding: Any) -> Any:
+    """The program that makes a table; compiled once for each kind."""
 
     def make() -> jax.Array:
-        raw = jnp.zeros(like.shape, like.dtype)
-        return jax.random.wrap_key_data(raw, impl=jax.random.key_impl(table)) if is_key(table) else raw
+        raw = jnp.zeros(shape, dtype)
+        return raw if impl is None else jax.random.wrap_key_data(raw, impl=impl)
 
-    return jax.jit(make, out_shardings=sharding)()
+    return jax.jit(make, out_shardings=sharding)
 
 
 @jax.jit

@@ -129,7 +129,10 @@ class Run:
             begin = time.perf_counter()
 
     def save(self) -> None:
-        """Writes a checkpoint that knows how the history was at that moment."""
+        """Writes a checkpoint that knows how the history was at that moment, unless it is there already."""
+        # To write it again would mean to remove it first.
+        if self._changed.since == self.done and (self.folder.checkpoints / f"{self.done:08d}").exists():
+            return
         notes = {"history": self._history.mark, "config": self.folder.origin["config"]}
         save_run(self.state, self.folder.checkpoints, notes=notes, changed=self._changed)
         self._changed = Changed(self.done, np.zeros(0, int))
