@@ -319,15 +319,21 @@ def test_changed_clients_must_exist(tmp_path, ids):
             save_run(state_of(story.kept, story.seen, 2), tmp_path, changed=Changed(1, np.array(ids)))
 
 
-@pytest.mark.parametrize("forgets", [False, True])
-def test_dying_at_every_operation(tmp_path, forgets):
+@pytest.mark.parametrize(
+    "disks",
+    [
+        pytest.param([False, True], id="in-turn"),
+        pytest.param([True, False], id="the-other-turn", marks=pytest.mark.slow),
+    ],
+)
+def test_dying_at_every_operation(tmp_path, disks):
     """The folder holds the last complete checkpoint or the one under way, and the run goes on from it."""
     with mounted() as whole:
         tell(Story(tmp_path / "whole"))
         assert [path.name for path in journal.segments(tmp_path / "whole")] == ["clients-000002.journal"]
     assert whole.count > 100
     for number in range(1, whole.count + 1):
-        folder, disk = tmp_path / str(number), Disk(number, forgets)
+        folder, disk = tmp_path / str(number), Disk(number, forgets=disks[number % 2])
         story = Story(folder)
         with mounted(disk), pytest.raises(Crash):
             tell(story)
