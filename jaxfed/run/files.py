@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 try:
     import fcntl
@@ -28,18 +28,37 @@ def write(path: Path, content: bytes | str) -> None:
     ...     sorted(os.listdir(folder))
     ['note.txt']
     """
-    content = content.encode() if isinstance(content, str) else content
+    with new_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to be written piece by piece in the ``with`` block; it replaces what is at ``path`` when the block has ended well.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with new_file(Path(folder, "note.txt")) as file:
+    ...         _ = file.write(b"done")
+    ...     Path(folder, "note.txt").read_text()
+    'done'
+    """
     partial = _partial(path)
     try:
         with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
+            yield file
             # Otherwise the new name could survive a power failure and its content not.
-            os.fsync(file.fileno())
+            flush(file)
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
     flush_folder(path.parent)
+
+
+def flush(file: BinaryIO) -> None:
+    """Makes sure that what was written to an open file survives a power failure."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

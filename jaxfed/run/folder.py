@@ -5,7 +5,7 @@
 ``run.json``        digests of settings and data, versions and machine
 ``history.jsonl``   a line for each round, the same bytes whenever the run is repeated
 ``timings.jsonl``   what took how long
-``checkpoints/``    the newest two states
+``checkpoints/``    the newest two states, and a journal of what clients keep where that is large
 ``clients.csv``     the final model's results, a line for each client
 ``result.json``     the final results; its presence says that the run is finished
 ``curves.png``      the history as a picture

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, Self
 
 import jax
+import numpy as np
 
 from jaxfed.base import RunState
 from jaxfed.reports import Evaluation
 from jaxfed.run import build, files
-from jaxfed.run.checkpoint import Checkpoint, newest, save_run
+from jaxfed.run.checkpoint import Changed, Checkpoint, newest, save_run
 from jaxfed.run.config import RunConfig
 from jaxfed.run.environment import differences, environment
 from jaxfed.run.folder import RunFolder
@@ -51,6 +52,8 @@ class Run:
     def __init__(self, folder: RunFolder, built: build.Built, state: RunState, history: HistoryFile):
         self.folder, self.built, self.state = folder, built, state
         self._history = history
+        # The checkpoint from which the run goes on, and whose rows have changed since.
+        self._changed = Changed(self.done, np.zeros(0, int))
         self._lock = contextlib.ExitStack()
 
     @classmethod
@@ -117,6 +120,8 @@ class Run:
             # The history first: a checkpoint must never know of rounds that the history lacks.
             self._history.append(rows)
             before, self.state = self.done, state
+            counted = [report.clients[report.counted] for report in reports]
+            self._changed = self._changed._replace(ids=np.unique(np.concatenate([self._changed.ids, *counted])))
             if self.done // every > before // every or self.done == section.rounds:
                 self.save()
             self._note_time(before, time.perf_counter() - begin)
@@ -124,9 +129,13 @@ class Run:
             begin = time.perf_counter()
 
     def save(self) -> None:
-        """Writes a checkpoint that knows how the history was at that moment."""
+        """Writes a checkpoint that knows how the history was at that moment, unless it is there already."""
+        # To write it again would mean to remove it first.
+        if self._changed.since == self.done and (self.folder.checkpoints / f"{self.done:08d}").exists():
+            return
         notes = {"history": self._history.mark, "config": self.folder.origin["config"]}
-        save_run(self.state, self.folder.checkpoints, notes=notes)
+        save_run(self.state, self.folder.checkpoints, notes=notes, changed=self._changed)
+        self._changed = Changed(self.done, np.zeros(0, int))
 
     def finish(self) -> Evaluation:
         """Evaluates the final model and writes ``clients.csv`` and ``result.json``."""

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jaxfed.run.config import RunConfig
@@ -23,7 +24,9 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 
 KILLER = """
 import os, signal, sys
-from jaxfed.run import checkpoint, cli, files, history, training
+from jaxfed.run import checkpoint, cli, files, history, journal, training
+
+moment, checkpoint.JOURNAL_BYTES = sys.argv[1], int(sys.argv[2])
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -38,16 +41,30 @@ def half_a_line(self, rows):
         file.write("".join(map(history.line_of, rows))[:-40])
     die()
 
+def half_a_record(file, position, *_):
+    file.write(b"rows" + bytes(60))
+    file.flush()
+    die()
+
+def is_record(file, position, kind, *_):
+    return position.size > 0 and "partial" not in file.name
+
+def is_segment(old, new):
+    return str(new).endswith(".journal")
+
 def is_checkpoint(old, new):  # Orbax renames folders too
     return "checkpoints/0" in str(new) and "state" not in str(new)
 
-moment = sys.argv[1]
 if moment == "before-the-first-round": at(training, "row_of", 1)
 if moment == "in-the-history": at(history.HistoryFile, "append", 2, half_a_line)
 if moment == "in-the-state": at(checkpoint, "_write_manifest", 2)
 if moment == "before-the-rename": at(files.os, "rename", 2, counts=is_checkpoint)
 if moment == "before-the-removal": at(files, "discard", 1)
-sys.exit(cli.main(sys.argv[2:]))
+if moment == "in-a-record": at(journal, "_append", 1, half_a_record, counts=is_record)
+if moment == "before-a-segment": at(files.os, "replace", 1, counts=is_segment)
+if moment == "after-a-segment": at(checkpoint, "_write_manifest", 1)
+if moment == "before-segments-go": at(journal, "remove_unneeded", 1)
+sys.exit(cli.main(sys.argv[3:]))
 """
 
 
@@ -87,8 +104,8 @@ def config(table, tmp_path):
     return str(tmp_path / "run.toml")
 
 
-def killed(moment, cache, *arguments):
-    result = command(cache, moment, *arguments, program=("-c", KILLER))
+def killed(moment, cache, *arguments, journal_bytes=2**24):
+    result = command(cache, moment, str(journal_bytes), *arguments, program=("-c", KILLER))
     assert result.returncode == -signal.SIGKILL, result.stderr
 
 
@@ -113,6 +130,41 @@ def test_a_run_killed_at_every_moment_ends_as_if_it_had_not_been_killed(config, 
     done(cache, *arguments)
     assert content(path) == content(tmp_path / "whole")
     assert not list((path / "checkpoints").glob(".partial*"))
+
+
+JOURNALED = {
+    "before-a-segment": 0,
+    "after-a-segment": 0,
+    "in-a-record": 2,
+    "in-the-history": 4,
+    "in-the-state": 6,
+    "before-the-rename": 8,
+    "before-segments-go": 10,
+}
+"""The same where what clients keep goes to a journal; the first two and the last fall into the first checkpoint that follows."""
+
+
+def test_a_run_with_a_journal_killed_at_every_moment_ends_as_if_it_had_not_been_killed(table, cache, tmp_path):
+    """Its clients are more than a cohort, so that checkpoints go on in a segment, and the run without a kill has no journal."""
+    table["run"] |= {"rounds": 16}
+    table["data"]["path"] = str(tmp_path / "many.npz")
+    table["simulation"]["cohort_size"] = 2
+    rows = np.random.default_rng(1).normal(size=(60, 4)).astype(np.float32)
+    np.savez(tmp_path / "many.npz", x=rows, y=np.arange(60) % 3, client=np.arange(60) % 20)
+    (tmp_path / "run.toml").write_text(RunConfig.from_dict(table).to_toml())
+    config, path = str(tmp_path / "run.toml"), tmp_path / "killed"
+    done(cache, "run", config, "--set", f"run.out={tmp_path / 'whole'}")
+    arguments = ["run", config, "--set", f"run.out={path}"]
+    for moment, round in JOURNALED.items():
+        killed(moment, cache, *arguments, journal_bytes=0)
+        assert max((int(p.name) for p in (path / "checkpoints").glob("0*")), default=0) == round, moment
+        arguments = ["resume", str(path)]
+    result = command(cache, "never", "0", *arguments, program=("-c", KILLER))
+    assert result.returncode == 0, result.stderr
+    assert content(path) == content(tmp_path / "whole")
+    left = {p.name for p in (path / "checkpoints").iterdir()}
+    assert {"00000014", "00000016"} < left
+    assert all(name.startswith(("0", "clients-")) for name in left)
 
 
 def test_ctrl_c_says_how_to_go_on_and_loses_no_round(config, cache, tmp_path):
