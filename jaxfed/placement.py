@@ -6,11 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from jaxfed.data.federated import FederatedData
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.engine.mesh import EVERYWHERE, Devices
-from jaxfed.engine.population import Population, weigh_population
+from jaxfed.engine.population import Population, table_length, weigh_population
 
 
 class Placement:
@@ -59,6 +60,41 @@ class Placement:
             slices.append([slice(first, first + size) for first, size in zip(firsts[mine], sizes[mine])])
         arrays = {key: self._place(x, slices, length) for key, x in self.data.arrays.items()}
         return self._population(arrays, starts, sizes, ids, paged=True)
+
+    def by_client(self, table: Any) -> Any:
+        """A table of kept rows in the order of the clients ``[N, ...]``, whatever the devices; every process takes part."""
+        count, machines = self.data.num_clients, self.devices.machines
+        if machines == 1:
+            return jax.tree.map(lambda x: x[:count], table)
+
+        def one(x: Any) -> np.ndarray:
+            if isinstance(x, np.ndarray):
+                first = jax.process_index() * self.per_machine
+                mine = np.zeros((self.per_machine, *x.shape[1:]), x.dtype)
+                mine[: len(x[first : first + self.per_machine])] = x[first : first + self.per_machine]
+                return multihost_utils.process_allgather(mine).reshape(-1, *x.shape[1:])[:count]
+            return multihost_utils.process_allgather(x, tiled=True)[self._rows_of_clients(len(x))]
+
+        return jax.tree.map(one, table)
+
+    def by_device(self, table: Any) -> Any:
+        """A table :meth:`by_client` as rounds want it on these devices; one that is so already stays."""
+        length = table_length(self.per_machine, self.devices)
+
+        def one(x: Any) -> Any:
+            if len(x) == length:
+                return x
+            if self.devices.machines == 1:
+                return jnp.concatenate([x, jnp.zeros((length - len(x), *x.shape[1:]), x.dtype)])
+            rows = np.zeros((length, *x.shape[1:]), x.dtype)
+            rows[self._rows_of_clients(length)] = x
+            return rows
+
+        return jax.tree.map(one, table)
+
+    def _rows_of_clients(self, length: int) -> np.ndarray:
+        clients = np.arange(self.data.num_clients)
+        return clients // self.per_machine * (length // self.devices.machines) + clients % self.per_machine
 
     def page_length(self, cohort_size: int) -> int:
         """The most rows that a cohort can have."""

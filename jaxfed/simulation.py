@@ -126,7 +126,7 @@ class Simulation:
         """Runs a number of rounds.
 
         Args:
-            state: From :meth:`init` or an earlier run; it stays valid.
+            state: From :meth:`init`, an earlier run or :meth:`portable`; it stays valid.
             rounds: How many more rounds.
             eval_every: Evaluate when the number of rounds done is a multiple of this, and after the last; 0 never.
             eval_data: What to evaluate on; None means the training data. Personal algorithms are evaluated client by client.
@@ -244,9 +244,19 @@ class Simulation:
         first = self._first_state(state.params, state.stats, state.key, count)
         return Tables(first.kept, first.seen)
 
+    def portable(self, state: RunState) -> RunState:
+        """The state in arrays that this process has as a whole, with kept rows ``[N, ...]``: for files, and for other devices.
+
+        Every process of a run takes part.
+        """
+        rest = self.devices.collect(state._replace(kept=()))
+        return rest._replace(kept=self._placement.by_client(state.kept))
+
     def _copy_kept(self, state: RunState) -> Any:
         pager = self._pager(state.params, self.data)
-        return trees.copy(state.kept) if pager is None else pager.copy(state.kept, state.seen)
+        if pager is None:
+            return trees.copy(self._placement.by_device(state.kept))
+        return pager.copy(state.kept, state.seen)
 
     def _advance(self, state: RunState, rounds: int) -> tuple[RunState, list[RoundReport]]:
         pager, lanes = self._pager(state.params, self.data, self.cohort_size), self.lanes(state.params)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ("machines", "clients")
@@ -158,6 +159,16 @@ class Devices:
             return mine[(index[0].start or 0) - here : (index[0].stop or self.machines * length) - here]
 
         return jax.make_array_from_callback((self.machines * length, *mine.shape[1:]), self.sharding(spec), rows_at)
+
+    def collect(self, tree: Any) -> Any:
+        """The same values in arrays that this process has as a whole."""
+        if self.machines == 1:
+            return tree
+
+        def one(x: jax.Array) -> Any:
+            return x if x.is_fully_replicated else multihost_utils.process_allgather(x, tiled=True)
+
+        return jax.tree.map(lambda x: _like_data(one, x), tree)
 
     def local_rows(self, array: jax.Array) -> Any:
         """This machine's rows of an array that lies by device, on the host."""
