@@ -37,6 +37,7 @@ from jaxfed.client.gradients import SVRG, MeanGradient
 from jaxfed.client.local import LocalTraining
 from jaxfed.client.surveys import FullGradient
 from jaxfed.data.federated import FederatedData
+from jaxfed.differentiable import differentiable_rounds
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.optimizer.adaptive import Adagrad, Adam, RMSProp, Yogi
 from jaxfed.optimizer.clipping import L2Clipping, L2GlobalClipping
@@ -172,6 +173,7 @@ __all__ = [
     "attacks",
     "build_recipe",
     "count",
+    "differentiable_rounds",
     "ditto",
     "fedadagrad",
     "fedadam",

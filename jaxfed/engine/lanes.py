@@ -29,7 +29,9 @@ Client = Callable[[jax.Array, jax.Array, jax.Array, Any, jax.Array], Outcome]
 """``(id, valid, work, kept row, seen) -> Outcome``, all for one client."""
 
 
-def fold_clients(client: Client, cohort: Cohort, steps: jax.Array, tables: Tables, lanes: int) -> tuple[Any, Tables, Any]:
+def fold_clients(
+    client: Client, cohort: Cohort, steps: jax.Array, tables: Tables, lanes: int, fixed: bool = False
+) -> tuple[Any, Tables, Any]:
     """Runs every client of a cohort and adds up the summands.
 
     Clients are sorted by their local steps, so that those of a wave end together: work grows with the examples, not with C times
@@ -41,10 +43,12 @@ def fold_clients(client: Client, cohort: Cohort, steps: jax.Array, tables: Table
         steps: ``[C]`` local steps.
         tables: The kept rows.
         lanes: ``L``, static. One lane runs without ``vmap``, at no cost for it.
+        fixed: Whether to run empty waves too, so that reverse mode passes the loop; a client's insides are then computed again.
 
     Returns:
         The sum of the summands, the new tables, and ``(apart, counts)`` with a leading ``[C]``.
     """
+    client = jax.checkpoint(client) if fixed else client
     population, size = tables.seen.shape[0], cohort.ids.shape[0]
     order = jnp.argsort(jnp.where(cohort.valid, steps, -1), descending=True)
     waves = -(-size // lanes)
@@ -65,7 +69,7 @@ def fold_clients(client: Client, cohort: Cohort, steps: jax.Array, tables: Table
         buffers = jax.tree.map(lambda b, x: b.at[number].set(x), buffers, (outcome.apart, outcome.counts))
         return total, _scatter(tables, rows, outcome.kept), buffers
 
-    needed = -(-cohort.valid.sum() // lanes)
+    needed = waves if fixed else -(-cohort.valid.sum() // lanes)
     total, tables, buffers = jax.lax.fori_loop(0, needed, wave, carry)
     by_client = jax.tree.map(lambda b: _unsort(b.reshape(waves * lanes, *b.shape[2:])[:size], order), buffers)
     return total, tables, by_client

@@ -22,6 +22,7 @@ class Population:
         sizes: ``[N]`` how many rows it holds.
         weight: The sum of the aggregator's weights over all clients.
         capacity: The most rows that any client holds.
+        fixed: Whether a round's loops have trip counts that the program knows, as reverse-mode differentiation needs.
     """
 
     arrays: dict[str, jax.Array]
@@ -29,6 +30,7 @@ class Population:
     sizes: jax.Array
     weight: jax.Array | float
     capacity: int = dataclasses.field(metadata={"static": True})
+    fixed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def count(self) -> int:
@@ -38,7 +40,7 @@ class Population:
     def client(self, client: jax.Array, work: jax.Array) -> ClientRows:
         """One client's rows; a padding lane's number is clamped and its work is 0."""
         client = jnp.minimum(client, self.count - 1)
-        return ClientRows(self.arrays, self.starts[client], self.sizes[client], work, self.capacity)
+        return ClientRows(self.arrays, self.starts[client], self.sizes[client], work, self.capacity, self.fixed)
 
 
 def make_population(arrays: dict[str, Any], starts: Any, sizes: Any, client: ClientUpdate, aggregator: Aggregator) -> Population:
@@ -46,12 +48,13 @@ def make_population(arrays: dict[str, Any], starts: Any, sizes: Any, client: Cli
     capacity = int(max(sizes))
     placed = {key: jnp.asarray(x) for key, x in arrays.items()}
     sizes = jnp.asarray(sizes, jnp.int32)
-    weight = _weigh(client, aggregator, sizes, capacity=capacity)
+    weight = weigh(client, aggregator, sizes, capacity=capacity)
     return Population(placed, jnp.asarray(starts, jnp.int32), sizes, weight, capacity)
 
 
 @partial(jax.jit, static_argnames=("capacity",))
-def _weigh(client: ClientUpdate, aggregator: Aggregator, sizes: jax.Array, *, capacity: int) -> jax.Array:
+def weigh(client: ClientUpdate, aggregator: Aggregator, sizes: jax.Array, *, capacity: int) -> jax.Array:
+    """The sum of the aggregator's weights over clients of ``sizes [N]`` that do all their work."""
     metrics = {
         "examples": sizes.astype(float),
         "steps": client.num_steps(sizes, jnp.ones(()), capacity).astype(float),

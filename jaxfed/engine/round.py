@@ -65,7 +65,9 @@ def run_round(
         return Outcome(summand, kept, (upload.metrics, stacked, jnp.where(counts, weight, 0)), counts)
 
     tables = Tables(state.kept, state.seen)
-    total, tables, ((metrics, stacked, weights), counts) = fold_clients(client, cohort._replace(work=work), steps, tables, lanes)
+    total, tables, ((metrics, stacked, weights), counts) = fold_clients(
+        client, cohort._replace(work=work), steps, tables, lanes, population.fixed
+    )
 
     info = CohortInfo(state.round, population.count, population.weight, total.clients, total.weight)
     reduced = reduce_cohort(algorithm, total, stacked, weights, state, info)

@@ -30,5 +30,5 @@ def survey_cohort(
         return Outcome(trees.select(counts, share, trees.zeros_like(share)), kept, (), counts)
 
     nothing = Tables((), jnp.zeros(population.count, bool))
-    (total, weight), _, _ = fold_clients(client, cohort, sizes, nothing, lanes)
+    (total, weight), _, _ = fold_clients(client, cohort, sizes, nothing, lanes, population.fixed)
     return over_weight(total, weight)
