@@ -78,6 +78,7 @@ from jaxfed.server.normalized import FedNova
 from jaxfed.server.robust import Median, NormBound, TrimmedMean
 from jaxfed.server.selection import Everyone, Stragglers, Uniform
 from jaxfed.simulation import Simulation
+from jaxfed.sweep import Sweep, sweep
 
 __all__ = [
     "APFL",
@@ -160,6 +161,7 @@ __all__ = [
     "Steps",
     "Stragglers",
     "Sum",
+    "Sweep",
     "TrimmedMean",
     "Uniform",
     "Upload",
@@ -202,6 +204,7 @@ __all__ = [
     "size",
     "stacked_starts",
     "static",
+    "sweep",
     "trees",
 ]
 

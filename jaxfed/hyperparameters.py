@@ -77,7 +77,9 @@ def find(tree: Any, name: str) -> Field:
         what = f"over: {fitting[0].name} is a name, a switch or a size: it belongs to the compiled program"
         raise ValueError(f"{what}, and cannot vary within one. Run these settings separately.")
     known = [field.name for field in fields if field.number]
-    raise ValueError(f"over: no hyper-parameter is called {name!r}.{checks.closest(name, known)} Known: {', '.join(known)}, {SEED}.")
+    raise ValueError(
+        f"over: no hyper-parameter is called {name!r}.{checks.closest(name, known)} Known: {', '.join(known)}, {SEED}."
+    )
 
 
 def replace(tree: Any, values: Mapping[Field, Any]) -> Any:
@@ -157,7 +159,8 @@ def _walk(value: Any, words: tuple, keys: tuple) -> Iterator[Field]:
             yield from _walk(one, (*words, (*own, str(i))), (*keys, SequenceKey(i)))
     elif isinstance(value, Mapping):
         for name, one in value.items():
-            yield from _walk(one, (*words, (str(name),)), (*keys, DictKey(name)))
+            # Something without a name of its own: the algorithm beside the selector.
+            yield from _walk(one, (*words, (str(name),)) if name else words, (*keys, DictKey(name)))
     elif not isinstance(value, (bool, str)) and not callable(value) and value is not None and np.ndim(value) == 0:
         yield Field(words, keys, True)
 

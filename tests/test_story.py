@@ -21,7 +21,7 @@ STORY = """
     algorithms algorithms_corrected algorithms_personal
     data.federated data.partition data.datasets data
     models.layers models.losses models.functions models.adapters models.reference models
-    reports simulation differentiable testing
+    reports simulation differentiable hyperparameters side_by_side sweep testing
     run.files run.environment run.section run.config run.checkpoint run.history run.export run.plots run.listing run.show
     run.build run.folder run.training run run.commands run.cli
 """.split()
