@@ -26,7 +26,7 @@ def rows(key, count):
 
 
 def main(steps: int = 60) -> dict[str, tuple[float, float]]:
-    """By name a server rate and the validation loss after ten rounds with it: FedAvg's own, the learned one, the best of a grid."""
+    """By name a server rate and the validation loss after ten rounds with it: FedAvg's, the learned one, the best of a grid."""
     train_key, validation_key, run_key = jax.random.split(jax.random.key(0), 3)
     train, owners = rows(train_key, 400)
     validation, _ = rows(validation_key, 200)

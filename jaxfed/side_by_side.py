@@ -1,7 +1,7 @@
 """Settings of a simulation side by side: the compiled program of a sweep, and how settings are laid out in it.
 
-A block is a grid, seeds by settings. ``vmap`` over seeds holds ``vmap`` over the settings of a seed, which have cohort and batches in
-common: rows are gathered and orders are drawn once for all of them, and their loops end together.
+A block is a grid, seeds by settings. ``vmap`` over seeds holds ``vmap`` over the settings of a seed, which have cohort and
+batches in common: rows are gathered and orders are drawn once for all of them, and their loops end together.
 """
 
 import copy

@@ -19,6 +19,8 @@ from jaxfed.reports import Evaluation, History, RoundReport
 from jaxfed.side_by_side import Block, Rows, bytes_available, plan, runs_of
 from jaxfed.simulation import Simulation
 
+Row = dict[str, Any]
+
 
 class Outcome(NamedTuple):
     """What a setting came to.
@@ -46,21 +48,19 @@ class Sweep:
     settings: list[Setting]
     outcomes: list[Outcome]
 
-    def rows(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[Row]:
         """A row for each setting: its number, its values, and the last round's columns."""
-        last = (outcome.history[-1].row() for outcome in self.outcomes)
-        return [{"setting": i} | setting | _numbers(row) for i, (setting, row) in enumerate(zip(self.settings, last))]
+        return final_rows(self.settings, [outcome.history.rows() for outcome in self.outcomes])
 
-    def history(self) -> list[dict[str, Any]]:
+    def history(self) -> list[Row]:
         """A row for each round of each setting."""
-        pairs = enumerate(zip(self.settings, self.outcomes))
-        return [{"setting": i} | setting | _numbers(row) for i, (setting, one) in pairs for row in one.history.rows()]
+        return all_rows(self.settings, [outcome.history.rows() for outcome in self.outcomes])
 
     def save(self, path: str | Path) -> None:
         """Writes :meth:`rows` as a CSV file."""
         Path(path).write_text(to_csv(self.rows()))
 
-    def summary(self) -> list[dict[str, Any]]:
+    def summary(self) -> list[Row]:
         """:meth:`rows` with seeds taken together: means and standard deviations."""
         return summary(self.rows(), list(self.settings[0]))
 
@@ -175,7 +175,18 @@ def _train(block: Block, rounds: int, eval_every: int, rows: Rows) -> list[tuple
     return [(n, Outcome(History(reports[n]), _at(params, place), _at(stats, place))) for n, place in places.items()]
 
 
-def summary(rows: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
+def final_rows(settings: list[Setting], histories: list[list[Row]]) -> list[Row]:
+    """A row for each setting: its number, its values, and the columns of its last round."""
+    return [{"setting": i} | setting | _numbers(rows[-1]) for i, (setting, rows) in enumerate(zip(settings, histories))]
+
+
+def all_rows(settings: list[Setting], histories: list[list[Row]]) -> list[Row]:
+    """A row for each round of each setting."""
+    pairs = enumerate(zip(settings, histories))
+    return [{"setting": i} | setting | _numbers(row) for i, (setting, rows) in pairs for row in rows]
+
+
+def summary(rows: list[Row], names: list[str]) -> list[Row]:
     """A row for each setting apart from its seed: the mean over seeds of every column, and the standard deviation.
 
     Args:
@@ -186,7 +197,7 @@ def summary(rows: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]
         >>> summary([{"setting": 0, "seed": 0, "loss": 1.0}, {"setting": 1, "seed": 1, "loss": 3.0}], ["seed"])
         [{'seeds': 2, 'loss': 2.0, 'loss_std': 1.0}]
     """
-    groups: dict[tuple, list[dict[str, Any]]] = {}
+    groups: dict[tuple, list[Row]] = {}
     kept = [name for name in names if name != SEED]
     for row in rows:
         groups.setdefault(tuple(row[name] for name in kept), []).append(row)
@@ -202,7 +213,7 @@ def summary(rows: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]
     return found
 
 
-def to_csv(rows: list[dict[str, Any]]) -> str:
+def to_csv(rows: list[Row]) -> str:
     """Rows as the text of a CSV file; a number that is missing is empty."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)), restval="", lineterminator="\n")
@@ -220,5 +231,5 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _numbers(row: Mapping[str, Any]) -> dict[str, Any]:
+def _numbers(row: Row) -> Row:
     return {name: value for name, value in row.items() if not isinstance(value, list)}

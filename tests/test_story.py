@@ -22,8 +22,8 @@ STORY = """
     data.federated data.partition data.datasets data
     models.layers models.losses models.functions models.adapters models.reference models
     reports simulation differentiable hyperparameters side_by_side sweep testing
-    run.files run.environment run.section run.config run.checkpoint run.history run.export run.plots run.listing run.show
-    run.build run.folder run.training run run.commands run.cli
+    run.files run.environment run.section run.config run.checkpoint run.history run.export run.plots run.sweep_plots
+    run.listing run.show run.build run.folder run.training run.sweeping run run.commands run.cli
 """.split()
 HOST = STORY[STORY.index("data.federated") :]
 

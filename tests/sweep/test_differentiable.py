@@ -4,13 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from engine.oracle import SIZES, softmax_data, softmax_loss, softmax_params
 
 import jaxfed
 from jaxfed import part, trees
 from jaxfed.base import Aggregator
 from jaxfed.client.local import LocalTraining
 from jaxfed.server.aggregators import over_weight
-from engine.oracle import SIZES, flat, softmax_data, softmax_loss, softmax_params
 
 LOCAL = {"batch_size": 4, "epochs": 2}
 
