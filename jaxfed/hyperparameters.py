@@ -96,6 +96,9 @@ def checked(tree: Any, values: Mapping[str, Any]) -> dict[Field, Any]:
         TypeError, ValueError: What the part's constructor says, with the name.
     """
     fields = {name: find(tree, name) for name in values}
+    for name, field in fields.items():
+        if twice := [other for other, same in fields.items() if same == field and other != name]:
+            raise ValueError(f"over: {name!r} and {twice[0]!r} are both {field.name}. Name it once.")
     for name, value in values.items():
         if isinstance(value, (bool, str)) or np.ndim(value) or value is None:
             raise TypeError(f"over: {name}: expected numbers, got {checks.describe(value)}. Run other choices separately.")

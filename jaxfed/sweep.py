@@ -20,6 +20,7 @@ from jaxfed.side_by_side import Block, Rows, bytes_available, plan, runs_of
 from jaxfed.simulation import Simulation
 
 Row = dict[str, Any]
+_SHARE = 0.8  # of the free memory: evaluation and the reports need some too
 
 
 class Outcome(NamedTuple):
@@ -38,7 +39,9 @@ class Outcome(NamedTuple):
 
 @dataclasses.dataclass
 class Sweep:
-    """The settings of a sweep and their outcomes, in the same order.
+    """The settings of a sweep and their outcomes, in the same order; printed, a table in which seeds are taken together.
+
+    ``jaxfed.run.save_sweep_curves(found.settings, found.histories(), "sweep.png")`` draws them.
 
     Attributes:
         settings: A value for each name.
@@ -50,11 +53,15 @@ class Sweep:
 
     def rows(self) -> list[Row]:
         """A row for each setting: its number, its values, and the last round's columns."""
-        return final_rows(self.settings, [outcome.history.rows() for outcome in self.outcomes])
+        return final_rows(self.settings, self.histories())
 
     def history(self) -> list[Row]:
         """A row for each round of each setting."""
-        return all_rows(self.settings, [outcome.history.rows() for outcome in self.outcomes])
+        return all_rows(self.settings, self.histories())
+
+    def histories(self) -> list[list[Row]]:
+        """The rows of each setting's history."""
+        return [outcome.history.rows() for outcome in self.outcomes]
 
     def save(self, path: str | Path) -> None:
         """Writes :meth:`rows` as a CSV file."""
@@ -142,7 +149,7 @@ def outcomes(
         try:
             for grid in plan(runs, most):
                 block = Block(simulation, runs, grid, params, stats)
-                if at_once is None and most > 1 and block.bytes_needed() > bytes_available():
+                if at_once is None and most > 1 and block.bytes_needed() > _SHARE * bytes_available():
                     raise MemoryError
                 for number, outcome in _train(block, rounds, every, rows):
                     runs.pop(number)
@@ -151,9 +158,8 @@ def outcomes(
             if most == 1 or not (isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)):
                 raise
             most = -(-most // 2)
-            warnings.warn(
-                f"Memory is short for so many settings side by side; going on with at most {most} at once.", stacklevel=2
-            )
+            text = f"Memory is short for so many settings side by side; going on with at most {most} at once."
+            warnings.warn(text, stacklevel=2)
 
 
 def _train(block: Block, rounds: int, eval_every: int, rows: Rows) -> list[tuple[int, Outcome]]:

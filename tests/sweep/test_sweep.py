@@ -99,6 +99,9 @@ RATES = [0.1, 0.2, 0.3, 0.4, 0.5]
 def test_chunks_of_settings(at_once):
     found = jaxfed.sweep(small(), {"client.lrate": RATES}, rounds=4, params=jnp.zeros(()), at_once=at_once)
     np.testing.assert_allclose([o.params for o in found.outcomes], [closed_form(r, 4) for r in RATES], rtol=1e-6)
+    # Columns: what varies, then the last round.
+    assert str(found).split()[:3] == ["client.lrate", "round", "loss"]
+    assert str(found).splitlines()[1].split()[:2] == ["0.1", "4"]
 
 
 def test_short_memory_halves_the_settings(monkeypatch):
@@ -110,7 +113,7 @@ def test_short_memory_halves_the_settings(monkeypatch):
         return 10 * len(block.grid[0])
 
     monkeypatch.setattr(side_by_side.Block, "bytes_needed", bytes_needed)
-    monkeypatch.setattr(sweeping, "bytes_available", lambda: 25)
+    monkeypatch.setattr(sweeping, "bytes_available", lambda: 30)
     with pytest.warns(UserWarning, match="at most 2 at once"):
         found = jaxfed.sweep(small(), {"client.lrate": RATES[:4]}, rounds=4, params=jnp.zeros(()))
     np.testing.assert_allclose([o.params for o in found.outcomes], [closed_form(r, 4) for r in RATES[:4]], rtol=1e-6)
@@ -146,6 +149,7 @@ def test_an_error_of_the_device_halves_the_settings(monkeypatch):
         ({"seed": 3}, TypeError, "over: seed: expected a list of values, got 3"),
         ({}, ValueError, "over: expected names"),
         ({"seed": [1], ("seed", "epochs"): [(1, 1)]}, ValueError, "over: expected names that differ"),
+        ({"client.lrate": [1], "client.lr": [1]}, ValueError, "are both client.optimizer.lrate. Name it once."),
         ({("seed", "epochs"): [(1, 1, 1)]}, ValueError, "expected 2 values side by side"),
     ],
 )
