@@ -37,6 +37,7 @@ from jaxfed.client.gradients import SVRG, MeanGradient
 from jaxfed.client.local import LocalTraining
 from jaxfed.client.surveys import FullGradient
 from jaxfed.data.federated import FederatedData
+from jaxfed.differentiable import differentiable_rounds
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.optimizer.adaptive import Adagrad, Adam, RMSProp, Yogi
 from jaxfed.optimizer.clipping import L2Clipping, L2GlobalClipping
@@ -77,6 +78,7 @@ from jaxfed.server.normalized import FedNova
 from jaxfed.server.robust import Median, NormBound, TrimmedMean
 from jaxfed.server.selection import Everyone, Stragglers, Uniform
 from jaxfed.simulation import Simulation
+from jaxfed.sweep import Sweep, sweep
 
 __all__ = [
     "APFL",
@@ -159,6 +161,7 @@ __all__ = [
     "Steps",
     "Stragglers",
     "Sum",
+    "Sweep",
     "TrimmedMean",
     "Uniform",
     "Upload",
@@ -172,6 +175,7 @@ __all__ = [
     "attacks",
     "build_recipe",
     "count",
+    "differentiable_rounds",
     "ditto",
     "fedadagrad",
     "fedadam",
@@ -200,6 +204,7 @@ __all__ = [
     "size",
     "stacked_starts",
     "static",
+    "sweep",
     "trees",
 ]
 

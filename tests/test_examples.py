@@ -83,6 +83,14 @@ def test_personal(load):
         assert own > common > 0.7
 
 
+def test_learn_server_rate(load):
+    """The learned rate does as well as the best of a fine grid, and FedAvg's own far worse."""
+    found = load("learn_server_rate").main()
+    assert found["learned"][0] == pytest.approx(found["grid"][0], rel=0.1)
+    assert found["learned"][1] < found["grid"][1] * 1.001
+    assert found["learned"][1] < found["fedavg"][1] / 2
+
+
 def test_every_example_is_tested():
     here = Path(__file__).read_text()
     assert all(f'"{path.stem}"' in here for path in EXAMPLES.glob("*.py"))

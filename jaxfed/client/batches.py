@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxfed import part
+from jaxfed import checks, part
 from jaxfed.part import Part
 from jaxfed.permutation import permute
 
@@ -24,6 +24,7 @@ class ClientRows:
         size: How many rows it holds.
         work: How much of its local work it does, as a factor: 1.0 is all, 0.0 none.
         capacity: The most rows that any client holds; sizes a full batch.
+        fixed: Whether loops have a trip count that the program knows, as reverse-mode differentiation needs.
     """
 
     arrays: dict[str, jax.Array]
@@ -31,6 +32,7 @@ class ClientRows:
     size: jax.Array | int
     work: jax.Array | float = 1.0
     capacity: int = dataclasses.field(default=1, metadata={"static": True})
+    fixed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @classmethod
     def of(cls, arrays: dict[str, Any]) -> Self:
@@ -156,7 +158,9 @@ class Poisson(BatchPolicy):
         """A uniformly random subset whose size is binomial."""
         order_key, count_key = jax.random.split(jax.random.fold_in(key, step))
         positions = jnp.arange(self.width(rows))
-        drawn = jax.random.binomial(count_key, jnp.asarray(rows.size, jnp.float32), self.rate)
+        # How many rows are drawn has no derivative, and the sampler is a loop that reverse mode does not pass.
+        rate = jax.lax.stop_gradient(self.rate)
+        drawn = jax.random.binomial(count_key, jnp.asarray(rows.size, jnp.float32), rate)
         mask = positions < jnp.minimum(drawn, rows.size)
         positions = jnp.minimum(positions, jnp.maximum(rows.size - 1, 0))
         return permute(order_key, positions, rows.size), mask
@@ -186,7 +190,7 @@ class Batches:
         def body(k: jax.Array, carry: Any) -> Any:
             return step(carry, self.batch(k), jax.random.fold_in(self.step_key, k))
 
-        return jax.lax.fori_loop(0, self.steps, body, carry)
+        return _repeat(self.steps, body, carry, self._most(self.policy))
 
     def fold_all(self, step: Callable[[Any, dict], Any], carry: Any) -> Any:
         """``carry = step(carry, batch)`` once over all the client's rows, in the order of the data."""
@@ -196,4 +200,32 @@ class Batches:
         def body(k: jax.Array, carry: Any) -> Any:
             return step(carry, self.rows.take(*every.choose(self.order_key, k, self.rows)))
 
-        return jax.lax.fori_loop(0, passes, body, carry)
+        return _repeat(passes, body, carry, self._most(every))
+
+    def _most(self, policy: BatchPolicy) -> int | None:
+        """The most steps that any client takes by a policy, where trip counts are to be known."""
+        if not self.rows.fixed:
+            return None
+        capacity = self.rows.capacity
+        with jax.ensure_compile_time_eval():
+            most = policy.num_steps(capacity, 1.0, capacity)
+        if checks.is_traced(most):
+            remedy = "Close over the algorithm instead of passing its epochs or steps through jit, vmap or grad"
+            raise TypeError(f"Differentiable rounds need a number of local steps that the program knows. {remedy}.")
+        return int(most)
+
+
+def _repeat(times: jax.Array, body: Callable[[jax.Array, Any], Any], carry: Any, most: int | None) -> Any:
+    """``carry = body(k, carry)`` for k below ``times``, which is data; a scan of ``most`` trips where that is given.
+
+    Reverse mode passes the scan. It keeps the carries alone; what a step computes inside is computed again on the way back.
+    """
+    if most is None:
+        return jax.lax.fori_loop(0, times, body, carry)
+
+    @jax.checkpoint
+    def trip(carry: Any, k: jax.Array) -> tuple[Any, None]:
+        # Not a ``where``: without lanes a trip past the end costs nothing, and has no infinite slope to be multiplied by 0.
+        return jax.lax.cond(k < times, lambda: body(k, carry), lambda: carry), None
+
+    return jax.lax.scan(trip, carry, jnp.arange(most, dtype=times.dtype))[0]

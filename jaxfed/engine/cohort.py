@@ -97,7 +97,11 @@ def _on_device(
     size = steps.shape[0]
     mine = (steps >= 0) & (populations[0].owners[everyone.slot] == devices.machine())
     deck, waves = deal(jnp.where(mine, steps, -1), mine.sum(), devices.per_machine, lanes)
-    total, kept, outcome = _visit_dealt(partial(_visit, client, populations), everyone, deck, waves, kept, devices)
+    visit = partial(_visit, client, populations)
+    if populations[0].fixed:
+        # Empty waves run too, so that reverse mode passes their loop, and a client's insides are computed again on the way back.
+        visit, waves = jax.checkpoint(visit), deck.shape[1]
+    total, kept, outcome = _visit_dealt(visit, everyone, deck, waves, kept, devices)
     places = deck[devices.index()]
     rows, counts = devices.spread((outcome.row, outcome.counts), places, size)
     stacked = devices.exchange(outcome.stacked, places, size)
@@ -148,7 +152,7 @@ def deal(steps: jax.Array, count: jax.Array, devices: int, lanes: int) -> tuple[
 
 
 def _visit_dealt(
-    visit: Visit, everyone: Lane, deck: jax.Array, waves: jax.Array, kept: Any, devices: Devices
+    visit: Visit, everyone: Lane, deck: jax.Array, waves: jax.Array | int, kept: Any, devices: Devices
 ) -> tuple[Any, Any, Outcome]:
     """The waves of one device, on the table itself where a machine has one device, else on a copy of the rows it needs."""
     size = everyone.slot.shape[0]

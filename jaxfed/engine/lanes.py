@@ -41,7 +41,7 @@ Visit = Callable[[Lane, Any], Outcome]
 """``(lane, kept row) -> Outcome``, for one client."""
 
 
-def fold_waves(visit: Visit, lanes: Lane, waves: jax.Array, table: Any) -> tuple[Any, Any, Outcome]:
+def fold_waves(visit: Visit, lanes: Lane, waves: jax.Array | int, table: Any) -> tuple[Any, Any, Outcome]:
     """Visits every client and adds up the summands.
 
     Each wave takes and puts back its kept rows in place. It lasts as long as its longest client, so clients should come sorted by
@@ -50,7 +50,7 @@ def fold_waves(visit: Visit, lanes: Lane, waves: jax.Array, table: Any) -> tuple
     Args:
         visit: What one client does.
         lanes: ``[W, L]`` who comes when. One lane runs without ``vmap``, at no cost for it.
-        waves: How many of the W waves there are.
+        waves: How many of the W waves there are; reverse mode passes the loop where the program knows it.
         table: The kept rows; a place outside is clamped for reading and dropped for writing.
 
     Returns:

@@ -28,6 +28,7 @@ class Population:
         count: ``N``, all clients.
         paged: Whether slots are places in the cohort.
         devices: Where the rows are.
+        fixed: Whether a round's loops have trip counts that the program knows, as reverse-mode differentiation needs.
     """
 
     arrays: dict[str, jax.Array]
@@ -39,6 +40,7 @@ class Population:
     count: int = dataclasses.field(metadata={"static": True})
     paged: bool = dataclasses.field(default=False, metadata={"static": True})
     devices: Devices = dataclasses.field(default=Devices(), metadata={"static": True})
+    fixed: bool = dataclasses.field(default=False, metadata={"static": True})
 
     @property
     def per_machine(self) -> int:
@@ -55,7 +57,7 @@ class Population:
 
     def client(self, slot: jax.Array, work: jax.Array) -> ClientRows:
         """The rows of the client in a slot."""
-        return ClientRows(self.arrays, self.starts[slot], self.sizes[slot], work, self.capacity)
+        return ClientRows(self.arrays, self.starts[slot], self.sizes[slot], work, self.capacity, self.fixed)
 
 
 @partial(jax.jit, static_argnames=("capacity",))

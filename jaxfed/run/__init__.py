@@ -2,6 +2,7 @@
 
 * :mod:`jaxfed.run.config`: the settings, to and from TOML and JSON;
 * :mod:`jaxfed.run.training`: a run in its folder, started and resumed;
+* :mod:`jaxfed.run.sweeping`: a sweep in its folder;
 * :mod:`jaxfed.run.checkpoint`: states on disk, for any simulation;
 * :mod:`jaxfed.run.history`, :mod:`~jaxfed.run.plots`, :mod:`~jaxfed.run.export`: what a run leaves.
 """
@@ -11,6 +12,19 @@ from jaxfed.run.config import RunConfig
 from jaxfed.run.export import export_weights
 from jaxfed.run.history import read_history
 from jaxfed.run.plots import curves, save_curves
+from jaxfed.run.sweep_plots import save_sweep_curves, sweep_curves
 from jaxfed.run.training import Run, load
 
-__all__ = ["Run", "RunConfig", "curves", "export_weights", "load", "load_run", "read_history", "save_curves", "save_run"]
+__all__ = [
+    "Run",
+    "RunConfig",
+    "curves",
+    "export_weights",
+    "load",
+    "load_run",
+    "read_history",
+    "save_curves",
+    "save_run",
+    "save_sweep_curves",
+    "sweep_curves",
+]

@@ -16,6 +16,7 @@ from jaxfed.run.config import RunConfig
 from jaxfed.run.environment import use_compilation_cache
 from jaxfed.run.export import export_weights
 from jaxfed.run.plots import read_runs, save_curves
+from jaxfed.run.sweeping import SweepRun
 from jaxfed.run.training import Run, load, write_clients
 
 Folder = tyro.conf.Positional[Path]
@@ -53,6 +54,40 @@ class Resume:
         use_compilation_cache()
         with Run.resume(self.run_dir, self.rounds) as run:
             return _train(run)
+
+
+@dataclasses.dataclass
+class Sweep:
+    """Run many settings of a config's numbers side by side; the same command goes on with what was stopped."""
+
+    config: tyro.conf.Positional[Path]
+    """The TOML file."""
+    over: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="NAME=VALUES")] = ()
+    """What varies; may be given several times, as in --over client.lrate=0.1,0.3 --over seed=0:8."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
+    """Replace a setting of the file."""
+    out: Path | None = None
+    """The sweep's folder; by default runs/ and the name of the config file with -sweep."""
+    at_once: int | None = None
+    """The most settings side by side; by default as many as memory holds."""
+
+    def __call__(self) -> int:
+        """Runs the command and returns its exit status."""
+        use_compilation_cache()
+        path = (self.out or Path("runs", f"{self.config.stem}-sweep")).absolute()
+        swept = SweepRun.start(RunConfig.read(self.config, self.set), self.over, path)
+        console = Console(highlight=False)
+        try:
+            with show.settings(console, len(swept.settings)) as advance:
+                for done in swept.train(self.at_once):
+                    advance(done)
+            rows = swept.finish()
+        except KeyboardInterrupt:
+            print("Stopped. Finished settings are kept; the same command goes on.", file=sys.stderr)
+            return INTERRUPTED
+        console.print(show.sweep(rows, f"After {swept.config.run.rounds} rounds"))
+        console.print(f"Picture: {_short(path / 'sweep.png')}\nTable: {_short(path / 'results.csv')}")
+        return 0
 
 
 @dataclasses.dataclass
@@ -135,6 +170,7 @@ class List:
 Command = (
     Annotated[Train, tyro.conf.subcommand("run")]
     | Annotated[Resume, tyro.conf.subcommand("resume")]
+    | Annotated[Sweep, tyro.conf.subcommand("sweep")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
@@ -142,7 +178,7 @@ Command = (
 )
 
 
-def parse(arguments: list[str]) -> Train | Resume | Evaluate | List | Plot | Export:
+def parse(arguments: list[str]) -> Train | Resume | Sweep | Evaluate | List | Plot | Export:
     """The command that the arguments ask for; raises SystemExit with status 2 where they ask for none."""
     description = "Federated learning in compiled JAX: train from a config file, resume, evaluate, compare."
     return tyro.cli(Command, prog="jaxfed", description=description, args=arguments)  # type: ignore[arg-type]

@@ -14,7 +14,8 @@ COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#44
 """Colours that also differ for colour-blind eyes (Okabe and Ito)."""
 
 _NOTE = "Lines: mean over all rows. Bands: from the 10th to the 90th percentile of the clients."
-_RC: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.titlesize": 11}
+SETTINGS: Any = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 10, "axes.titlesize": 11}
+"""Of matplotlib, for every picture."""
 
 
 def curves(histories: Mapping[str, list[Row]]) -> Any:
@@ -39,10 +40,10 @@ def curves(histories: Mapping[str, list[Row]]) -> Any:
         from matplotlib.figure import Figure
     if not any(histories.values()):
         raise ValueError(f"There is nothing to draw: {', '.join(histories)} has done no round yet.")
-    panels = _panels(histories)
+    panels = panels_of(histories)
     width = 2 if len(panels) > 1 else 1
     height = math.ceil(len(panels) / width)
-    with mpl.rc_context(_RC):
+    with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=(5.2 * width, 3.4 * height + 0.7), dpi=150, layout="constrained")
         grid = figure.subplots(height, width, squeeze=False)
         for axes, (name, title) in zip(grid.flat, panels.items()):
@@ -81,7 +82,7 @@ def read_runs(paths: list[Path]) -> dict[str, list[Row]]:
     return {label: read_history(path / "history.jsonl") for label, path in zip(labels, paths)}
 
 
-def _panels(histories: Mapping[str, list[Row]]) -> dict[str, str]:
+def panels_of(histories: Mapping[str, list[Row]]) -> dict[str, str]:
     """The columns to draw and their titles; evaluated metrics first, accuracy before loss."""
     names = dict.fromkeys(name for rows in histories.values() for row in rows for name in row)
     evaluated = [name.removesuffix("_deciles") for name in names if name.endswith("_deciles")]
@@ -100,6 +101,11 @@ def _draw_panel(axes: Any, name: str, title: str, histories: Mapping[str, list[R
         few = len(rounds) <= 30
         axes.plot(rounds, values, dashes, color=color, linewidth=1.6, marker="o" if few else None, markersize=3, label=label)
         _draw_band(axes, rows, f"{name}_deciles", color, 0.22 if len(histories) == 1 else 0.12)
+    finish_panel(axes, name, title)
+
+
+def finish_panel(axes: Any, name: str, title: str) -> None:
+    """What panels over rounds have in common: title, grid, and where a column's values begin."""
     axes.set_title(title, loc="left")
     axes.set_xlabel("round")
     axes.set_xlim(left=0)

@@ -16,6 +16,7 @@ from jaxfed.run.listing import Entry
 
 _MOST_CLIENTS = 200
 _COLUMNS = {"global": "", "client mean": "_client_mean", "worst decile": "_worst_decile"}
+_ENDINGS = tuple(ending for ending in _COLUMNS.values() if ending)
 
 
 @contextlib.contextmanager
@@ -34,6 +35,28 @@ def progress(console: Console, done: int, rounds: int) -> Iterator[Callable[[lis
             bar.update(task, completed=rows[-1]["round"], description=text)
 
         yield advance
+
+
+@contextlib.contextmanager
+def settings(console: Console, count: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar over the settings of a sweep; gives a function that takes how many are done."""
+    with Progress(TextColumn("[bold]settings"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console) as bar:
+        task = bar.add_task("", total=count)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def sweep(rows: list[Row], title: str) -> Table:
+    """A row for each setting: its values, the loss and what was evaluated, over all rows; with seeds, mean and deviation."""
+    names = [name for name in rows[0] if not name.removesuffix("_std").endswith((*_ENDINGS, "update_norm"))]
+    hidden = ("round", "clients", "examples", "steps")
+    names = [name for name in names if not name.endswith("_std") and name not in hidden]
+    table = _table(title)
+    for name in names:
+        table.add_column(name.removeprefix("eval_") if name != "loss" else "training loss", justify="right")
+    for row in rows:
+        spreads = [row.get(f"{name}_std") for name in names]
+        table.add_row(*(number(row[n]) + (f" ± {number(s)}" if s is not None else "") for n, s in zip(names, spreads)))
+    return table
 
 
 def results(evaluation: Evaluation, title: str) -> Table:
