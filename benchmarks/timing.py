@@ -1,4 +1,4 @@
-"""What every peer script shares: options, a clock, memory, and the one JSON line that it prints. Needs the standard library and NumPy."""
+"""What every peer script shares: options, a clock, memory, and the one JSON line that it prints. Needs NumPy alone."""
 
 import argparse
 import json

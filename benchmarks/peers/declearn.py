@@ -1,7 +1,7 @@
-"""declearn 2.9.1, PyTorch models: server and all clients of the population are coroutines of one process that talk over localhost.
+"""declearn 2.9.1, PyTorch models: the server and all clients are coroutines of one process that talk over localhost.
 
-It has no simulator beside this. With its default heartbeat of 1 s every round takes a multiple of 1 s; here it is 0.01 s. It weighs
-clients by their local steps, so its losses differ slightly.
+It has no simulator beside this. With its default heartbeat of 1 s every round takes a multiple of 1 s; here it is 0.01 s.
+It weighs clients by their local steps, so its losses differ slightly.
 """
 
 import argparse
@@ -12,8 +12,6 @@ import socket
 import traceback
 import warnings
 from typing import Any
-
-import numpy as np
 
 warnings.simplefilter("ignore")
 
@@ -26,10 +24,9 @@ from declearn.main import FederatedClient, FederatedServer  # noqa: E402
 from declearn.main.config import FLOptimConfig, FLRunConfig  # noqa: E402
 from declearn.model.torch import TorchModel  # noqa: E402
 from declearn.utils import set_device_policy  # noqa: E402
+from peers import models_torch  # noqa: E402
 from timing import MU, SERVER_ADAM, Clock, parser, print_line  # noqa: E402
 from workloads import Workload, load  # noqa: E402
-
-from peers import models_torch  # noqa: E402
 
 
 class Scheduled(ClientSampler, register=False):
@@ -39,6 +36,7 @@ class Scheduled(ClientSampler, register=False):
     secagg_compatible = True
 
     def __init__(self, work: Workload) -> None:
+        super().__init__()
         self.rounds = iter(work.schedule)
 
     def sample(self, eligible_clients: Any) -> set[str]:

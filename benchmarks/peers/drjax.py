@@ -1,6 +1,7 @@
-"""drjax 0.2.1: FedAvg by hand on its map and reduce. The cohort runs side by side, padded to a power of two above its largest client.
+"""drjax 0.2.1: FedAvg by hand on its map and reduce.
 
-It has no client data, sampling, batching or algorithms of its own.
+The cohort runs side by side, padded to a power of two of steps above its largest client. Client data, sampling, batching and
+algorithms are not its business.
 """
 
 from collections.abc import Callable, Iterator
@@ -9,10 +10,9 @@ import drjax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from peers import models_jax
 from timing import Clock, parser, print_line
 from workloads import Workload, load
-
-from peers import models_jax
 
 
 def make_round(work: Workload, layers: str) -> Callable:
@@ -57,8 +57,9 @@ def padded_cohorts(work: Workload, rounds: int, shuffle: bool) -> Iterator[tuple
 def main() -> None:
     """Trains and prints the line."""
     options = parser(__doc__, ("fedavg",))
-    options.add_argument("--layers", default="im2col", choices=models_jax.LAYERS)
+    options.add_argument("--layers", choices=models_jax.LAYERS, help="by default what is fastest for the workload")
     options = options.parse_args()
+    options.layers = options.layers or models_jax.FASTEST[options.workload]
     work, clock = load(options.workload), Clock()
     federated_round, params = make_round(work, options.layers), jax.tree.map(jnp.asarray, work.params)
     clock.begin()

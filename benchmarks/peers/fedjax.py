@@ -13,10 +13,9 @@ if shim := not hasattr(jax, "tree_map"):
     jax.tree_map = jax.tree_util.tree_map
 import fedjax
 from fedjax.algorithms import fed_avg, fed_prox
+from peers import models_jax
 from timing import MU, SERVER_ADAM, Clock, parser, print_line
 from workloads import Workload, load
-
-from peers import models_jax
 
 
 def make_algorithm(work: Workload, name: str, layers: str, shuffle: bool) -> Any:

@@ -1,7 +1,7 @@
 """Flower 1.41, its simulation on Ray, PyTorch clients. The server names each message's client, so that the schedule is ours.
 
-Workers keep data and model between messages. One thread of PyTorch for each of as many workers as there are cores; memory is that of
-all processes. It has no SCAFFOLD.
+Workers keep data and model between messages. One thread of PyTorch for each of as many workers as there are cores; memory is
+that of all processes. It has no SCAFFOLD.
 """
 
 import argparse
@@ -32,7 +32,6 @@ from flwr.clientapp import ClientApp  # noqa: E402
 from flwr.serverapp import Grid, ServerApp  # noqa: E402
 from flwr.serverapp.strategy import FedAdam, FedAvg, FedProx  # noqa: E402
 from flwr.simulation import run_simulation  # noqa: E402
-
 from peers import models_torch  # noqa: E402
 
 

@@ -1,4 +1,4 @@
-"""jaxfed itself: the schedule is a selector, the models are its own layers, and each round is timed as a compiled call of its own.
+"""jaxfed itself: the schedule is a selector, the models are its own layers, each timed round is a compiled call.
 
 After the timed rounds, whole calls of ``--chunk`` rounds are timed too: what a run costs that does not ask after every round.
 """
@@ -120,9 +120,9 @@ def make_simulation(work: Workload, algorithm: str = "fedavg", *, shuffle: bool 
 
 def train(simulation: jaxfed.Simulation, work: Workload, rounds: int, clock: Clock) -> jaxfed.RunState:
     """The state after some rounds, each timed."""
-    state = simulation.init(work.params, key=jax.random.key(0))
+    state = start = simulation.init(work.params, key=jax.random.key(0))
     clock.begin()
-    for state, _ in simulation.chunks(state, rounds=rounds, chunk=1):
+    for state, _ in simulation.chunks(start, rounds=rounds, chunk=1):
         jax.block_until_ready(state)
         clock.tick()
     return state
@@ -131,8 +131,8 @@ def train(simulation: jaxfed.Simulation, work: Workload, rounds: int, clock: Clo
 def time_chunks(simulation: jaxfed.Simulation, state: jaxfed.RunState, calls: int) -> list[float]:
     """Seconds a round of whole compiled calls, one number for each call."""
     seconds, last = [], time.perf_counter()
-    for state, reports in simulation.chunks(state, rounds=calls * simulation.chunk):
-        jax.block_until_ready(state)
+    for new, reports in simulation.chunks(state, rounds=calls * simulation.chunk):
+        jax.block_until_ready(new)
         now = time.perf_counter()
         seconds.append((now - last) / len(reports))
         last = now

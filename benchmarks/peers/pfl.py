@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from peers import models_torch
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.aggregate.weighting import WeightByDatapoints
 from pfl.algorithm.base import NNAlgorithmParams
@@ -23,8 +24,6 @@ from pfl.metrics import Metrics
 from pfl.model.pytorch import PyTorchModel
 from timing import MU, SERVER_ADAM, Clock, parser, print_line
 from workloads import Workload, load
-
-from peers import models_torch
 
 
 class Ticks(TrainingProcessCallback):

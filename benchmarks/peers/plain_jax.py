@@ -1,4 +1,4 @@
-"""Plain JAX without a framework: the floor that a library is measured against. The variants are one compiled call a round, or less:
+"""Plain JAX without a framework: the floor that a library is measured against. Its variants:
 
 =======  =====================================================================================
 scan     one client after the other, each a loop over its own steps: nothing is padded
@@ -15,10 +15,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from peers import models_jax
 from timing import MU, SERVER_ADAM, Clock, parser, print_line
 from workloads import Workload, load
-
-from peers import models_jax
 
 Params = dict[str, jax.Array]
 Pool = tuple[jax.Array, jax.Array]
@@ -106,7 +105,7 @@ def step_round(step: Step, pool: Pool, params: Params, plan: Plan) -> Params:
         trained = params
         for k in range(steps):
             trained = step(pool, params, trained, rows[k], mask[k])
-        share = jax.tree.map(lambda w: w * (weight / plan.weights.sum()), trained)
+        share = jax.tree.map(functools.partial(jnp.multiply, weight / plan.weights.sum()), trained)
         total = share if total is None else jax.tree.map(jnp.add, total, share)
     return total
 
@@ -180,8 +179,9 @@ def main() -> None:
     """Trains and prints the line."""
     options = parser(__doc__, ("fedavg", "fedprox", "fedadam"))
     options.add_argument("--variant", default="scan", choices=("scan", "vmap", "step", "central"))
-    options.add_argument("--layers", default="lax", choices=models_jax.LAYERS)
+    options.add_argument("--layers", choices=models_jax.LAYERS, help="by default what is fastest for the workload")
     options = options.parse_args()
+    options.layers = options.layers or models_jax.FASTEST[options.workload]
     work, clock = load(options.workload), Clock()
     how = {"algorithm": options.algorithm, "variant": options.variant, "layers": options.layers}
     params = train(work, options.rounds, clock, **how, shuffle=bool(options.shuffle))
