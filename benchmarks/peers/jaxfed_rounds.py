@@ -111,11 +111,22 @@ def make_algorithm(work: Workload, name: str, shuffle: bool) -> jaxfed.Algorithm
 
 def make_simulation(work: Workload, algorithm: str = "fedavg", *, shuffle: bool = True, **options: Any) -> jaxfed.Simulation:
     """The workload as a Simulation; further options are those of ``jaxfed.Simulation``, where None means its default."""
+    data = jaxfed.FederatedData({"x": work.x, "y": work.y}, work.offsets, np.arange(len(work.sizes)))
+    return jaxfed.Simulation(
+        make_algorithm(work, algorithm, shuffle), data, selector=Schedule(work.schedule), **accepted(options)
+    )
+
+
+def accepted(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of ``jaxfed.Simulation`` that are given.
+
+    Raises:
+        SystemExit: If this version of jaxfed does not take one of them.
+    """
     given = {key: value for key, value in options.items() if value is not None}
     if unknown := given.keys() - inspect.signature(jaxfed.Simulation).parameters.keys():
         raise SystemExit(f"jaxfed.Simulation of this version takes no {', '.join(sorted(unknown))}. Leave the option out.")
-    data = jaxfed.FederatedData({"x": work.x, "y": work.y}, work.offsets, np.arange(len(work.sizes)))
-    return jaxfed.Simulation(make_algorithm(work, algorithm, shuffle), data, selector=Schedule(work.schedule), **given)
+    return given
 
 
 def train(simulation: jaxfed.Simulation, work: Workload, rounds: int, clock: Clock) -> jaxfed.RunState:
