@@ -103,7 +103,7 @@ def print_line(
         "first_round_s": _rounded(clock.first),
         "examples_per_s": round(float(np.median(examples / timed)), 1),
         "rss_mb": peak_rss(),
-        "loss": round(float(loss), 5),
+        "loss": round(float(loss), 7),
         **more,
         "seconds": [_rounded(x) for x in clock.seconds],
         "data": work.checksum,

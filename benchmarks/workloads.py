@@ -13,7 +13,7 @@ Run:  python benchmarks/workloads.py     writes benchmarks/.cache/W1.npz, W2.npz
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,12 @@ def load(name: str) -> Workload:
     params = {key.removeprefix("params_"): stored[key] for key in stored if key.startswith("params_")}
     arrays = {key: stored[key] for key in ("x", "y", "offsets", "schedule")}
     return Workload(name, **arrays, params=params, **SETTINGS[name], checksum=str(stored["checksum"]))
+
+
+def widened(work: Workload) -> Workload:
+    """The same in float64: where rounding is not what makes two losses differ."""
+    x = work.x.astype(np.float64) if work.x.dtype == np.float32 else work.x
+    return replace(work, x=x, params={key: value.astype(np.float64) for key, value in work.params.items()})
 
 
 def draw_all() -> None:

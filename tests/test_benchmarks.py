@@ -134,6 +134,7 @@ def test_option_that_the_simulation_does_not_take_is_refused(load, small):
         load("peers.jaxfed_rounds").make_simulation(small, wings=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workload", ["W2", "W3"])
 def test_layers_are_one_function(load, workload):
     """The formulations of the peers and our own layers give one loss and one gradient."""

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from timing import MU, SERVER_ADAM, Clock, parser, peak_rss, print_line
-from workloads import Workload, load
+from workloads import Workload, load, widened
 
 import jaxfed
 from jaxfed import part
@@ -168,6 +168,7 @@ def _options() -> argparse.Namespace:
     options.add_argument("--devices", type=int, help="over how many devices; on a CPU they are made")
     options.add_argument("--chunk", type=int, default=10, help="rounds in one compiled call, timed after the single ones")
     options.add_argument("--calls", type=int, default=0, help="how many such calls; 0 leaves them out")
+    options.add_argument("--float64", type=int, default=0, choices=(0, 1))
     options.add_argument("--compilation-cache", help="a folder that keeps compiled programs from process to process")
     return options.parse_args()
 
@@ -181,6 +182,9 @@ def main() -> None:
     if options.devices:
         jax.config.update("jax_num_cpu_devices", options.devices)
     work, clock = load(options.workload), Clock()
+    if options.float64:
+        jax.config.update("jax_enable_x64", True)
+        work = widened(work)
     chosen = {"lanes": options.lanes, "devices": options.devices, "chunk": options.chunk}
     simulation = make_simulation(work, options.algorithm, shuffle=bool(options.shuffle), **chosen)
     state = train(simulation, work, options.rounds, clock)
@@ -188,6 +192,7 @@ def main() -> None:
     chunked = [round(x, 6) for x in time_chunks(simulation, state, options.calls)]
     more = {
         "rss_mb": memory,
+        "float64": bool(options.float64),
         "chunk": options.chunk,
         "chunked_round_s": float(np.median(chunked)) if chunked else None,
         "chunked_seconds": chunked,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from peers import models_jax
 from timing import MU, SERVER_ADAM, Clock, parser, print_line
-from workloads import Workload, load
+from workloads import Workload, load, widened
 
 Params = dict[str, jax.Array]
 Pool = tuple[jax.Array, jax.Array]
@@ -180,13 +180,22 @@ def main() -> None:
     options = parser(__doc__, ("fedavg", "fedprox", "fedadam"))
     options.add_argument("--variant", default="scan", choices=("scan", "vmap", "step", "central"))
     options.add_argument("--layers", choices=models_jax.LAYERS, help="by default what is fastest for the workload")
+    options.add_argument("--float64", type=int, default=0, choices=(0, 1))
     options = options.parse_args()
     options.layers = options.layers or models_jax.FASTEST[options.workload]
     work, clock = load(options.workload), Clock()
+    if options.float64:
+        jax.config.update("jax_enable_x64", True)
+        work = widened(work)
     how = {"algorithm": options.algorithm, "variant": options.variant, "layers": options.layers}
     params = train(work, options.rounds, clock, **how, shuffle=bool(options.shuffle))
     loss = models_jax.mean_loss(work.name, params, *work.evaluation())
-    more = {"variant": options.variant, "layers": options.layers, "device": jax.devices()[0].device_kind}
+    more = {
+        "variant": options.variant,
+        "layers": options.layers,
+        "float64": bool(options.float64),
+        "device": jax.devices()[0].device_kind,
+    }
     print_line("plain_jax", options, work, clock, loss, ("jax", "numpy"), **more)
 
 
