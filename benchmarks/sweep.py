@@ -131,6 +131,8 @@ def _end_group(group: int) -> None:
 
 def main() -> None:
     """Runs what is not in the file yet."""
+    # So that the process that is being timed ends with the sweep.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     options = _options()
     needed = {"jaxfed", *(PEERS[label].environment for label in options.peers)}
     if missing := sorted(name for name in needed if not is_ready(name)):
