@@ -1,0 +1,191 @@
+"""How a round's cost grows:  ``benchmarks/.venvs/jaxfed/bin/python benchmarks/scaling.py [--what cohort,population,devices]``.
+
+==========  ========================================================================================================
+cohort      1 to 1000 clients a round, of 1000 with about 100 rows each
+population  1e3, 1e5 and 1e6 clients with about 10 rows each, 100 a round drawn uniformly; FedAvg and SCAFFOLD
+devices     1 and 2, the cohort of 100 dealt over them; on a CPU they are made
+==========  ========================================================================================================
+
+Every point is a process of its own. Lines go to ``results/NAME.jsonl`` (what is there is not measured again), the figure to
+``results/NAME.png``.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+DIMENSIONS = ("what", "algorithm", "population", "cohort", "devices")
+WIDE = {"rows": 100, "features": 60, "batch_size": 20}
+NARROW = {"rows": 10, "features": 16, "batch_size": 5}
+Point = dict[str, Any]
+
+
+def points(what: list[str]) -> list[Point]:
+    """All that is measured."""
+    plain = {"algorithm": "fedavg", "population": 1000, "cohort": 100, "devices": None, **WIDE}
+    found = {
+        "cohort": [{**plain, "cohort": size} for size in (1, 10, 30, 100, 300, 1000)],
+        "population": [
+            {**plain, **NARROW, "algorithm": algorithm, "population": size}
+            for algorithm in ("fedavg", "scaffold")
+            for size in (1_000, 100_000, 1_000_000)
+        ],
+        "devices": [{**plain, "devices": count} for count in (1, 2)],
+    }
+    return [{"what": name, **point} for name in what for point in found[name]]
+
+
+def measure(point: Point, rounds: int) -> Point:
+    """Builds the federation and times rounds, one call each and ten in a call."""
+    import jax
+
+    if point["devices"]:
+        jax.config.update("jax_num_cpu_devices", point["devices"])
+    from timing import machine, peak_rss
+
+    simulation, params = _simulation(point)
+    began = time.perf_counter()
+    state = simulation.init(params, key=jax.random.key(0))
+    seconds = {}
+    for chunk in (1, 10):
+        # The first call of each length is not counted: it compiles, and sends the data to the device.
+        times, last = [], time.perf_counter()
+        for state, reports in simulation.chunks(state, rounds=chunk * (rounds + 1), chunk=chunk):  # noqa: B020
+            jax.block_until_ready(state)
+            times.append((time.perf_counter() - last) / len(reports))
+            last = time.perf_counter()
+        seconds[chunk] = statistics.median(times[1:])
+    return {
+        **point,
+        "round_s": round(seconds[1], 6),
+        "chunked_round_s": round(seconds[10], 6),
+        "clients_per_s": round(point["cohort"] / seconds[1], 1),
+        "rss_mb": peak_rss(),
+        "total_s": round(time.perf_counter() - began, 2),
+        "data_mb": round(sum(x.nbytes for x in simulation.data.arrays.values()) / 2**20, 1),
+        "kept_mb": round(sum(x.nbytes for x in jax.tree.leaves(state.kept)) / 2**20, 1),
+        "machine": machine(),
+        "versions": {"jax": jax.__version__},
+    }
+
+
+def _simulation(point: Point) -> tuple[Any, Any]:
+    """Logistic regression on ragged clients: ``rows / 2`` to ``3 rows / 2`` rows each."""
+    import numpy as np
+    from peers.jaxfed_rounds import accepted, make_loss
+
+    import jaxfed
+
+    rng, half = np.random.default_rng(0), point["rows"] // 2
+    sizes = rng.integers(half, 3 * half + 1, point["population"])
+    offsets = np.concatenate([[0], np.cumsum(sizes)])
+    x = rng.standard_normal((offsets[-1], point["features"]), dtype=np.float32)
+    y = rng.integers(0, 10, offsets[-1]).astype(np.int32)
+    data = jaxfed.FederatedData({"x": x, "y": y}, offsets, np.arange(point["population"]))
+    recipe = {"fedavg": jaxfed.fedavg, "scaffold": jaxfed.scaffold}[point["algorithm"]]
+    algorithm = recipe(make_loss("W1"), lrate=0.01, batch_size=point["batch_size"])
+    params = {"w": np.zeros((point["features"], 10), np.float32), "b": np.zeros(10, np.float32)}
+    return jaxfed.Simulation(algorithm, data, point["cohort"], **accepted({"devices": point["devices"]})), params
+
+
+def run_point(point: Point, rounds: int) -> Point:
+    """Measures in a new process; a line with ``error`` where that fails."""
+    command = [sys.executable, __file__, "--rounds", str(rounds), "--point", json.dumps(point)]
+    process = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
+    if process.returncode:
+        return point | {"error": process.stderr.strip().splitlines()[-1]}
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def draw(lines: list[Point], path: Path) -> None:
+    """Clients a second by cohort and devices; seconds and memory by population."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    panels = (
+        ("cohort", "cohort", "clients_per_s", "Clients a second, by cohort"),
+        ("devices", "devices", "clients_per_s", "Clients a second, by devices"),
+        ("population", "population", "round_s", "Seconds a round, by population"),
+        ("population", "population", "rss_mb", "Peak memory (MB), by population"),
+    )
+    with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
+        picture = Figure(figsize=(9, 6.4), dpi=150, layout="constrained")
+        for axes, (what, across, up, title) in zip(picture.subplots(2, 2).flat, panels):
+            _panel(axes, [line for line in lines if line["what"] == what], across, up)
+            axes.set_title(title, loc="left")
+        machine = lines[0]["machine"]
+        note = f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gb']} GB. Lines: medians; dots: repetitions."
+        picture.supxlabel(note, x=0.01, ha="left", fontsize=8, color="#555555")
+        picture.savefig(path)
+
+
+def _panel(axes: Any, lines: list[Point], across: str, up: str) -> None:
+    for algorithm, color in (("fedavg", "#0072b2"), ("scaffold", "#d55e00")):
+        own = [line for line in lines if line["algorithm"] == algorithm]
+        if not own:
+            continue
+        places = sorted({line[across] for line in own})
+        medians = [statistics.median(line[up] for line in own if line[across] == place) for place in places]
+        axes.plot(places, medians, color=color, label=algorithm)
+        axes.plot([line[across] for line in own], [line[up] for line in own], ".", color=color)
+    if across != "devices":
+        axes.set_xscale("log")
+    axes.set_xlabel(across)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.25, linewidth=0.6)
+    if lines:
+        axes.legend(frameon=False)
+
+
+def main() -> None:
+    """Measures what is not in the file yet, and draws."""
+    options = _options()
+    if options.point:
+        print(json.dumps(measure(json.loads(options.point), options.rounds)))
+        return
+    path = HERE / "results" / f"{options.name}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    found = _read(path)
+    for repeat in range(options.repeats):
+        for point in points(options.what.split(",")):
+            known = {tuple(line[key] for key in (*DIMENSIONS, "repeat")) for line in found}
+            if (*(point[key] for key in DIMENSIONS), repeat) in known:
+                continue
+            line = {"repeat": repeat, **run_point(point, options.rounds)}
+            print(json.dumps({key: line[key] for key in (*DIMENSIONS, "round_s", "rss_mb", "error") if key in line}), flush=True)
+            if "error" not in line:
+                found.append(line)
+                with path.open("a") as file:
+                    file.write(json.dumps(line) + "\n")
+    if found:
+        draw(found, path.with_suffix(".png"))
+        print(path.with_suffix(".png"))
+
+
+def _read(path: Path) -> list[Point]:
+    """The whole lines of a file; a last one that a kill cut short is dropped from it."""
+    if not path.exists():
+        return []
+    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    path.write_text("".join(whole))
+    return [json.loads(line) for line in whole]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--what", default="cohort,population,devices")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=10, help="timed calls of each length in a process")
+    parser.add_argument("--name", default="scaling")
+    parser.add_argument("--point", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
