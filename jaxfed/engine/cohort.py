@@ -118,7 +118,8 @@ def _layouts(populations: tuple[Population, ...], kept: Any, client: Client, eve
     everywhere, by_device = (partial(jax.tree.map, lambda _, spec=spec: spec) for spec in (EVERYWHERE, BY_DEVICE))
     first, row = jax.tree.map(lambda x: x[0], (everyone, kept))
     example = jax.eval_shape(lambda: _visit(client, populations, first, row))
-    outcome = Outcome((), (), everywhere(example.row), devices.split_rows(example.stacked), EVERYWHERE)
+    counts: Any = EVERYWHERE
+    outcome = Outcome((), (), everywhere(example.row), devices.split_rows(example.stacked), counts)
     in_specs = (tuple(map(_by_machine, populations)), by_device(kept), *everywhere((client, everyone, steps)))
     return in_specs, (devices.split(example.summand), by_device(kept), outcome)
 

@@ -155,7 +155,7 @@ class Devices:
         mine = block(jax.process_index())
         here = jax.process_index() * length
 
-        def rows_at(index: tuple[slice, ...]) -> Any:
+        def rows_at(index: Any) -> Any:
             return mine[(index[0].start or 0) - here : (index[0].stop or self.machines * length) - here]
 
         return jax.make_array_from_callback((self.machines * length, *mine.shape[1:]), self.sharding(spec), rows_at)
