@@ -40,15 +40,17 @@ def permute(key: jax.Array, positions: jax.Array, size: jax.Array | int, tweak: 
     columns = jnp.maximum((size + rows - 1) // rows, _SMALLEST_SIDE)
     round_keys = _round_keys(key, tweak)
 
-    def walk(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        values, outside = carry
-        values = jnp.where(outside, _feistel(values, rows, columns, round_keys), values)
-        return values, values >= size
+    def walk(carry: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        row, column, outside = carry
+        row, column = (jnp.where(outside, new, old) for new, old in zip(_feistel(row, column, rows, columns, round_keys), carry))
+        return row, column, row * columns + column >= size
 
     # The first pass is part of the loop: unrolled twice, the network would double the time that a round takes to compile.
     # A position outside would be walked for ever.
     start = jnp.minimum(jnp.asarray(positions, jnp.uint32), size - 1)
-    return jax.lax.while_loop(lambda carry: carry[1].any(), walk, (start, start >= 0))[0].astype(jnp.int32)
+    row = start // columns
+    row, column, _ = jax.lax.while_loop(lambda carry: carry[2].any(), walk, (row, start - row * columns, start >= 0))
+    return (row * columns + column).astype(jnp.int32)
 
 
 def _round_keys(key: jax.Array, tweak: jax.Array | int) -> jax.Array:
@@ -58,21 +60,20 @@ def _round_keys(key: jax.Array, tweak: jax.Array | int) -> jax.Array:
     return _hash(keys ^ jnp.asarray(tweak, jnp.uint32))
 
 
-def _feistel(values: jax.Array, rows: jax.Array, columns: jax.Array, round_keys: jax.Array) -> jax.Array:
-    """A bijection of ``[0, rows * columns)``."""
-    one, other = values // columns, values % columns
-    sides = (rows, columns)
-    for number in range(_ROUNDS):
-        side = sides[number % 2]
-        shifted = one + _below(_hash(other ^ round_keys[number]), side)
-        one, other = other, jnp.where(shifted >= side, shifted - side, shifted)
-    # After an even number of rounds each is what it was: a row and a column.
-    return one * columns + other
+def _feistel(
+    row: jax.Array, column: jax.Array, rows: jax.Array, columns: jax.Array, round_keys: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """A bijection of the cells of a rectangle."""
+    for even, odd in zip(round_keys[::2], round_keys[1::2]):
+        row = _shift(row, _hash(column ^ even), rows)
+        column = _shift(column, _hash(row ^ odd), columns)
+    return row, column
 
 
-def _below(bits: jax.Array, limit: jax.Array) -> jax.Array:
-    """Bits as a number below a limit of at most 2**16."""
-    return ((bits >> 16) * limit) >> 16
+def _shift(place: jax.Array, bits: jax.Array, side: jax.Array) -> jax.Array:
+    """A place on a side of at most 2**16, moved round it by a random distance."""
+    moved = place + (((bits >> 16) * side) >> 16)
+    return jnp.where(moved >= side, moved - side, moved)
 
 
 def _hash(x: jax.Array) -> jax.Array:
