@@ -20,7 +20,7 @@ STORY = """
     engine.algorithm engine.population engine.sums engine.lanes engine.survey engine.round engine.evaluation
     algorithms algorithms_corrected algorithms_personal
     data.federated data.partition data.datasets data
-    models.layers models.losses models.functions models.adapters models.reference models
+    models.layers models.recurrent models.advice models.losses models.functions models.adapters models.rnn models.reference models
     reports simulation testing
     run.files run.environment run.section run.config run.checkpoint run.history run.export run.plots run.listing run.show
     run.build run.folder run.training run run.commands run.cli
