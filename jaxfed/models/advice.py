@@ -42,9 +42,7 @@ def slow_layers(function: Callable, *arguments: Any) -> list[str]:
 def _slow(jaxpr: core.Jaxpr) -> Iterator[str]:
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
-        if name == "scan" and _is_recurrent(eqn):
-            yield name
-        elif name in _REMEDIES and name != "scan":
+        if name in _REMEDIES and (name != "scan" or _is_recurrent(eqn)):
             yield name
         if not name.startswith("custom_vjp"):
             for inner in _inner(eqn):

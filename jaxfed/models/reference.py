@@ -1,9 +1,10 @@
 """The models of the papers, by name: Linen modules, and functions that make a ``Model`` of each.
 
-All take the inputs at ``"x"`` and class labels (integers) at ``"y"``, one for each row, or for each character of a text. Images are ``[B, 28, 28]`` or ``[B, 28, 28, 1]``;
-**unsigned bytes are divided by 255 inside the model**, so that a data set may stay four times smaller on the device. Kernels
-begin Glorot-uniform and biases at zero, as in the Keras models of the papers. Convolutions and pooling are those of
-:mod:`jaxfed.models.layers`, recurrent layers those of :mod:`jaxfed.models.rnn`.
+All take the inputs at ``"x"`` and class labels (integers) at ``"y"``, one for each row, or for each character of a text. Images
+are ``[B, 28, 28]`` or ``[B, 28, 28, 1]``; **unsigned bytes are divided by 255 inside the model**, so that a data set may stay
+four times smaller on the device. Kernels begin Glorot-uniform and biases at zero, as in the Keras models of the papers.
+Convolutions and pooling are those of :mod:`jaxfed.models.layers`, recurrent layers those of
+:mod:`jaxfed.models.rnn`.
 
 Example:
     >>> sample = {"x": jnp.zeros((1, 28, 28), jnp.uint8), "y": jnp.zeros(1, int)}

@@ -1,6 +1,7 @@
 """Recurrent layers against Flax's, values and gradients, and against a plain loop over time."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -81,7 +82,7 @@ def test_linen_layer_begins_with_the_weights_of_flax(cell):
 
 def test_linen_layer_inside_a_module_keeps_the_names():
     class Net(nn.Module):
-        layer: type
+        layer: Any
 
         @nn.compact
         def __call__(self, x):
@@ -211,7 +212,7 @@ def test_shapes_that_do_not_fit_are_refused():
     kernels, carry = _kernels(4, 4, 5, "float32"), (jnp.zeros((2, 5)), jnp.zeros((2, 5)))
     with pytest.raises(ValueError, match="Move the time axis"):
         recurrent.lstm(jnp.ones((3, 4)), kernels, carry)
-    with pytest.raises(ValueError, match="expected kernels.inputs of shapes"):
+    with pytest.raises(ValueError, match=r"expected kernels\.inputs of shapes"):
         recurrent.lstm(jnp.ones((3, 2, 9)), kernels, carry)
     with pytest.raises(ValueError, match="expected a carry of shapes"):
         recurrent.lstm(jnp.ones((3, 7, 4)), kernels, carry)
