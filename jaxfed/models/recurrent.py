@@ -120,8 +120,8 @@ class _Cell(NamedTuple):
     """The elementwise part of a step; the state h is the carry's last array.
 
     ``forward(x, u, carry) -> (carry, saved)`` takes the gates' input and recurrent products.
-    ``backward(saved, before, after, d) -> (d_x, d_u, d_before)`` gives the same object for ``d_x`` and ``d_u`` where they are equal,
-    and leaves the way through the products to its caller.
+    ``backward(saved, before, after, d) -> (d_x, d_u, d_before)`` gives one object for ``d_x`` and ``d_u`` where they are equal, and
+    leaves the way through the products to its caller.
     """
 
     gates: int
@@ -185,9 +185,8 @@ def _check(name: str, cell: _Cell, inputs: jax.Array, kernels: Kernels, carry: A
     if inputs.ndim != 3:
         raise ValueError(f"{name}: expected inputs [T, B, d], got shape {inputs.shape}. Move the time axis to the front.")
     batch, width, hidden = inputs.shape[1], inputs.shape[2], carry[-1].shape[-1]
-    expected = Kernels([(width, hidden)] * cell.gates, [(hidden, hidden)] * cell.gates, [(hidden,)] * cell.gates)
-    if kernels.recurrent_bias is not None:
-        expected = expected._replace(recurrent_bias=expected.bias)
+    biases = None if kernels.recurrent_bias is None else [(hidden,)] * cell.gates
+    expected = ([(width, hidden)] * cell.gates, [(hidden, hidden)] * cell.gates, [(hidden,)] * cell.gates, biases)
     for field, shapes, arrays in zip(Kernels._fields, expected, kernels):
         got = None if arrays is None else [a.shape for a in arrays]
         if got != shapes:

@@ -146,8 +146,8 @@ def _linen_lstm(weights: Any) -> Kernels:
 def _linen_gru(weights: Any) -> Kernels:
     inputs, hidden = ([weights[f"{side}{gate}"] for gate in "rzn"] for side in "ih")
     zero = jnp.zeros_like(hidden[2]["bias"])
-    kernels = ([part["kernel"] for part in side] for side in (inputs, hidden))
-    return Kernels(*kernels, [part["bias"] for part in inputs], [zero, zero, hidden[2]["bias"]])
+    recurrent_bias = [zero, zero, hidden[2]["bias"]]
+    return Kernels([p["kernel"] for p in inputs], [p["kernel"] for p in hidden], [p["bias"] for p in inputs], recurrent_bias)
 
 
 def _linen_simple(weights: Any) -> Kernels:
@@ -165,8 +165,8 @@ def _nnx_joined(gates: int) -> Callable[[Any], Kernels]:
 
     def read(cell: Any) -> Kernels:
         bias = cell.dense_i.bias if cell.dense_i.bias is not None else cell.dense_h.bias
-        arrays = (cell.dense_i.kernel[...], cell.dense_h.kernel[...], bias[...])
-        return Kernels(*(jnp.split(array, gates, axis=-1) for array in arrays))
+        inputs, hidden = cell.dense_i.kernel[...], cell.dense_h.kernel[...]
+        return Kernels(jnp.split(inputs, gates, axis=-1), jnp.split(hidden, gates, axis=-1), jnp.split(bias[...], gates))
 
     return read
 
