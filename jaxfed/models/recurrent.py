@@ -120,8 +120,8 @@ class _Cell(NamedTuple):
     """The elementwise part of a step; the state h is the carry's last array.
 
     ``forward(x, u, carry) -> (carry, saved)`` takes the gates' input and recurrent products.
-    ``backward(saved, before, after, d) -> (d_x, d_u, d_before)`` gives one object for ``d_x`` and ``d_u`` where they are equal, and
-    leaves the way through the products to its caller.
+    ``backward(saved, before, after, d) -> (d_x, d_u, d_before)`` gives one object for ``d_x`` and ``d_u`` where they are equal,
+    and leaves the way through the products to its caller.
     """
 
     gates: int
