@@ -78,6 +78,11 @@ class Pager:
 
         return jax.tree.map(one, table, self.rows)
 
+    def example(self, state: RunState) -> tuple[Population, RunState]:
+        """The page of the first clients, and the state with their rows: what a round takes."""
+        ids = np.arange(self.size)
+        return self.population(ids), state._replace(kept=self.kept(state.kept, ids))
+
     def tables(self, tables: Tables, ids: np.ndarray) -> Tables:
         """The page of some clients, of a table on the host."""
         return tables._replace(kept=self.kept(tables.kept, ids))

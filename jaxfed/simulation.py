@@ -304,15 +304,25 @@ class Simulation:
         if self.devices.agree(rounds * self._seconds(state, self.lanes(state.params)) > _WORTH * first_seconds):
             self.tune(state)
 
+    def trace(self, state: RunState) -> None:
+        """Traces a round without running it: finds parts, model and data that do not fit together."""
+        if (pager := self._pager(state.params, self.data, self.cohort_size)) is None:
+            population, chunk = self.population, self.chunk
+        else:
+            population, state, chunk = *pager.example(state), 1
+        _run_rounds.eval_shape(*self._arguments(population, state, 1), chunk=chunk, lanes=self.lanes(state.params))
+
+    def _arguments(self, population: Population, state: RunState, rounds: int) -> tuple:
+        parts = (self.algorithm, self.selector, population)
+        rest = state._replace(kept=(), seen=())  # type: ignore[arg-type]
+        return parts, rest, (state.kept, state.seen), jnp.asarray(rounds, jnp.int32)
+
     def _advance(self, state: RunState, rounds: int, lanes: int | None = None) -> tuple[RunState, list[RoundReport]]:
         pager, lanes = self._pager(state.params, self.data, self.cohort_size), lanes or self.lanes(state.params)
 
         def run(population: Population, state: RunState, rounds: int, chunk: int) -> tuple[RunState, RoundInfo]:
             state = self.devices.place(state, state_layout(state, self.devices))
-            tables = (state.kept, state.seen)
-            rest = state._replace(kept=(), seen=())  # type: ignore[arg-type]
-            parts = (self.algorithm, self.selector, population)
-            return _run_rounds(parts, rest, tables, jnp.asarray(rounds, jnp.int32), chunk=chunk, lanes=lanes)
+            return _run_rounds(*self._arguments(population, state, rounds), chunk=chunk, lanes=lanes)
 
         if pager is None:
             state, infos = run(self.population, state, rounds, self.chunk)

@@ -19,7 +19,6 @@ from jaxfed.data import datasets
 from jaxfed.data.federated import FederatedData
 from jaxfed.data.partition import PARTITIONS
 from jaxfed.engine.algorithm import Algorithm
-from jaxfed.engine.round import run_round
 from jaxfed.optimizer.optimizer import Optimizer
 from jaxfed.optimizer.rates import as_rate
 from jaxfed.run.config import RunConfig
@@ -28,9 +27,6 @@ from jaxfed.simulation import Simulation
 
 _COMPOSED = {"client": None, "server": 1.0, "batches": None, "aggregator": "averaging", "gradient": "mean"}
 """The keys of [algorithm] without a recipe and their defaults; None must be given."""
-
-
-_traced_round = jax.jit(run_round, static_argnames=("lanes",))
 
 
 class Built(NamedTuple):
@@ -141,8 +137,8 @@ def simulation(config: RunConfig, algorithm: Algorithm, train: FederatedData) ->
         with located("simulation.selector"):
             selector = part.build("selector", section.selector, "simulation.selector")
     with located("simulation"):
-        options: dict[str, Any] = {"selector": selector, "lanes": section.lanes, "chunk": section.chunk}
-        return Simulation(algorithm, train, section.cohort_size, **options)
+        names = ("lanes", "devices", "chunk", "paged")
+        return Simulation(algorithm, train, section.cohort_size, selector=selector, **{n: getattr(section, n) for n in names})
 
 
 def check_round(simulation: Simulation, state: RunState) -> None:
@@ -151,9 +147,8 @@ def check_round(simulation: Simulation, state: RunState) -> None:
     Raises:
         TypeError, ValueError: What the parts say.
     """
-    parts = (simulation.algorithm, simulation.selector, simulation.population)
     with located("algorithm"):
-        _traced_round.eval_shape(*parts, state, lanes=simulation.lanes(state.params))
+        simulation.trace(state)
 
 
 def digest_of_data(data: FederatedData) -> str:

@@ -6,20 +6,25 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 from rich.console import Console
 
 from jaxfed.run import listing, show
 from jaxfed.run.config import RunConfig
-from jaxfed.run.environment import use_compilation_cache
+from jaxfed.run.environment import make_devices, use_compilation_cache
 from jaxfed.run.export import export_weights
+from jaxfed.run.folder import RunFolder
+from jaxfed.run.machines import Machines, writes
 from jaxfed.run.plots import read_runs, save_curves
 from jaxfed.run.sweeping import SweepRun
 from jaxfed.run.training import Run, load, write_clients
 
 Folder = tyro.conf.Positional[Path]
+T = TypeVar("T")
+OwnNames = Annotated[T, tyro.conf.arg(name="")]
+"""Arguments under their own names: --processes and not --machines.processes."""
 INTERRUPTED = 130
 """The exit status after Ctrl-C."""
 
@@ -32,11 +37,14 @@ class Train:
     """The TOML file."""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """Replace a setting; may be given several times, as in --set algorithm.lrate=0.05."""
+    machines: OwnNames[Machines] = dataclasses.field(default_factory=Machines)
 
     def __call__(self) -> int:
         """Runs the command and returns its exit status."""
+        config = RunConfig.read(self.config, self.set)
         use_compilation_cache()
-        with Run.start(RunConfig.read(self.config, self.set)) as run:
+        make_devices(config.simulation.devices)
+        with self.machines.joined(), Run.start(config) as run:
             return _train(run)
 
 
@@ -48,11 +56,13 @@ class Resume:
     """The run's folder."""
     rounds: int | None = None
     """Another number of rounds for the whole run."""
+    machines: OwnNames[Machines] = dataclasses.field(default_factory=Machines)
 
     def __call__(self) -> int:
         """Runs the command and returns its exit status."""
         use_compilation_cache()
-        with Run.resume(self.run_dir, self.rounds) as run:
+        make_devices(RunFolder.open(self.run_dir).config.simulation.devices)
+        with self.machines.joined(), Run.resume(self.run_dir, self.rounds) as run:
             return _train(run)
 
 
@@ -75,7 +85,9 @@ class Sweep:
         """Runs the command and returns its exit status."""
         use_compilation_cache()
         path = (self.out or Path("runs", f"{self.config.stem}-sweep")).absolute()
-        swept = SweepRun.start(RunConfig.read(self.config, self.set), self.over, path)
+        config = RunConfig.read(self.config, self.set)
+        make_devices(config.simulation.devices)
+        swept = SweepRun.start(config, self.over, path)
         console = Console(highlight=False)
         try:
             with show.settings(console, len(swept.settings)) as advance:
@@ -104,6 +116,7 @@ class Evaluate:
     def __call__(self) -> int:
         """Runs the command and returns its exit status."""
         use_compilation_cache()
+        make_devices(RunFolder.open(self.run_dir).config.simulation.devices)
         folder, built, state = load(self.run_dir)
         data = built.test if self.split == "test" else built.simulation.data
         evaluation = built.simulation.evaluate_in_use(state, data)
@@ -145,6 +158,7 @@ class Export:
 
     def __call__(self) -> int:
         """Runs the command and returns its exit status."""
+        make_devices(RunFolder.open(self.run_dir).config.simulation.devices)
         folder, _, state = load(self.run_dir)
         print(export_weights(state, self.out or folder.path / "weights.safetensors"))
         return 0
@@ -185,7 +199,7 @@ def parse(arguments: list[str]) -> Train | Resume | Sweep | Evaluate | List | Pl
 
 
 def _train(run: Run) -> int:
-    console, path = Console(highlight=False), _short(run.folder.path)
+    console, path = Console(highlight=False, quiet=not writes()), _short(run.folder.path)
     rounds = run.folder.config.run.rounds
     console.print(_introduction(run))
     try:
@@ -197,7 +211,9 @@ def _train(run: Run) -> int:
                     run.save()
                     raise KeyboardInterrupt
         # The result is written after the picture: a run that has one has everything.
-        picture = save_curves(read_runs([run.folder.path]), run.folder.path / "curves.png")
+        picture = run.folder.path / "curves.png"
+        if writes():
+            save_curves(read_runs([run.folder.path]), picture)
         evaluation = run.finish()
     except KeyboardInterrupt:
         print(f"Stopped after round {run.done}. Go on with  jaxfed resume {path}", file=sys.stderr)

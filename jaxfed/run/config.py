@@ -12,7 +12,7 @@ from typing import Any, Self
 
 from jaxfed import checks
 from jaxfed.run.environment import extra
-from jaxfed.run.section import Section, count, fraction, free, key, optional, spec, string, subsection
+from jaxfed.run.section import Section, boolean, count, fraction, free, key, optional, spec, string, subsection
 
 NONE = "none"
 """How TOML, which has no null, writes None."""
@@ -80,19 +80,27 @@ class AlgorithmSection(Section, path="algorithm"):
     options: dict[str, Any] = key(free, default=None)
 
 
+def _lanes(where: str, value: Any) -> int | str:
+    return value if value == "auto" else count(at_least=1)(where, value)
+
+
 class SimulationSection(Section, path="simulation"):
     """[simulation] says who takes part and how the work is laid out.
 
     Attributes:
         cohort_size: Clients drawn uniformly each round; None takes all of them.
         selector: How cohorts are chosen, instead of ``cohort_size``.
-        lanes: Clients that run side by side; None lets the simulation choose.
+        lanes: Clients that run side by side on each device; None lets the simulation choose, ``"auto"`` measures.
+        devices: How many devices take part; None takes all. On a CPU they are made, one to a core is most.
+        paged: Whether data and what clients keep stay on the host; None decides by the devices' memory.
         chunk: The most rounds in one compiled call.
     """
 
     cohort_size: int | None = key(optional(count(at_least=1)), default=None)
     selector: Any = key(optional(spec), default=None)
-    lanes: int | None = key(optional(count(at_least=1)), default=None)
+    lanes: Any = key(optional(_lanes), default=None)
+    devices: int | None = key(optional(count(at_least=1)), default=None)
+    paged: bool | None = key(optional(boolean), default=None)
     chunk: int = key(count(at_least=1), default=10)
 
 

@@ -66,6 +66,16 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def make_devices(count: int | None) -> None:
+    """Asks for so many CPU devices, before JAX has looked for any; where there are others, they are used. For a command.
+
+    Raises:
+        RuntimeError: If JAX has looked already.
+    """
+    if count is not None and count > jax.config.jax_num_cpu_devices:  # type: ignore[attr-defined]
+        jax.config.update("jax_num_cpu_devices", count)
+
+
 def _version(name: str) -> str:
     try:
         return metadata.version(name)

@@ -40,6 +40,13 @@ def string(where: str, value: Any) -> str:
     return value
 
 
+def boolean(where: str, value: Any) -> bool:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{where}: expected true or false, got {checks.describe(value)}.")
+    return value
+
+
 def optional(check: Check) -> Check:
     """None, or what ``check`` allows."""
     return lambda where, value: None if value is None else check(where, value)

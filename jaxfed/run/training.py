@@ -16,12 +16,13 @@ import numpy as np
 
 from jaxfed.base import RunState
 from jaxfed.reports import Evaluation
-from jaxfed.run import build, files
+from jaxfed.run import build, files, machines
 from jaxfed.run.checkpoint import Changed, Checkpoint, newest, save_run
 from jaxfed.run.config import RunConfig
 from jaxfed.run.environment import differences, environment
 from jaxfed.run.folder import RunFolder
 from jaxfed.run.history import HistoryFile, Row, check_mark, row_of
+from jaxfed.simulation import Simulation
 
 
 class Run:
@@ -49,11 +50,13 @@ class Run:
         ([1, 2], True)
     """
 
-    def __init__(self, folder: RunFolder, built: build.Built, state: RunState, history: HistoryFile):
+    def __init__(self, folder: RunFolder, built: build.Built, state: RunState, history: HistoryFile | None):
         self.folder, self.built, self.state = folder, built, state
+        # None in all processes of a run but the one that writes.
         self._history = history
         # The checkpoint from which the run goes on, and whose rows have changed since.
         self._changed = Changed(self.done, np.zeros(0, int))
+        self._saved = self.done if (folder.checkpoints / f"{self.done:08d}").exists() else -1
         self._lock = contextlib.ExitStack()
 
     @classmethod
@@ -68,9 +71,11 @@ class Run:
         state = built.simulation.init(key=jax.random.key(config.run.seed))
         build.check_round(built.simulation, state)
         # The bits of a run depend on its lanes, so their choice is written down.
-        lanes = {"simulation": config.simulation.to_dict() | {"lanes": built.simulation.lanes(state.params)}}
-        path = Path(config.run.out or "runs/run").absolute()
-        folder = RunFolder.create(path, RunConfig.from_dict(config.to_dict() | lanes), built.digest)
+        lanes = {"simulation": config.simulation.to_dict() | {"lanes": _lanes(config, built.simulation, state)}}
+        path, config = Path(config.run.out or "runs/run").absolute(), RunConfig.from_dict(config.to_dict() | lanes)
+        if not machines.writes():
+            return cls(RunFolder(path, config, {}), built, state, None)
+        folder = RunFolder.create(path, config, built.digest)
         run = cls(folder, built, state, HistoryFile(folder.history))
         run._lock.enter_context(folder.locked())
         return run
@@ -89,6 +94,11 @@ class Run:
         Warns:
             UserWarning: If libraries or machine differ from those the run began with, or a damaged checkpoint is passed over.
         """
+        if not machines.writes():
+            machines.meet("the folder is locked")
+            folder = RunFolder.open(path)
+            built, state, _ = _restored(folder)
+            return cls(folder, built, state, None)
         folder = RunFolder.open(path)
         with contextlib.ExitStack() as lock:
             # Before the checkpoints are looked at: another process may be writing one.
@@ -97,6 +107,7 @@ class Run:
             if folder.finished_rounds() == folder.config.run.rounds:
                 remedy = f"To go on, raise them:  jaxfed resume {path} --rounds {2 * folder.config.run.rounds}."
                 raise ValueError(f"The run {path} is finished: it has done all its {folder.config.run.rounds} rounds. {remedy}")
+            machines.meet("the folder is locked")
             run = cls(folder, *_restored(folder))
             run._lock = lock.pop_all()
         return run
@@ -118,7 +129,8 @@ class Run:
         for state, reports in chunks:
             rows = [row_of(report) for report in reports]
             # The history first: a checkpoint must never know of rounds that the history lacks.
-            self._history.append(rows)
+            if self._history is not None:
+                self._history.append(rows)
             before, self.state = self.done, state
             counted = [report.clients[report.counted] for report in reports]
             self._changed = self._changed._replace(ids=np.unique(np.concatenate([self._changed.ids, *counted])))
@@ -131,15 +143,20 @@ class Run:
     def save(self) -> None:
         """Writes a checkpoint that knows how the history was at that moment, unless it is there already."""
         # To write it again would mean to remove it first.
-        if self._changed.since == self.done and (self.folder.checkpoints / f"{self.done:08d}").exists():
+        if self._saved == self.done:
             return
-        notes = {"history": self._history.mark, "config": self.folder.origin["config"]}
-        save_run(self.state, self.folder.checkpoints, notes=notes, changed=self._changed)
+        state = self.built.simulation.portable(self.state)
+        if self._history is not None:
+            notes = {"history": self._history.mark, "config": self.folder.origin["config"]}
+            save_run(state, self.folder.checkpoints, notes=notes, changed=self._changed)
+        self._saved = self.done
         self._changed = Changed(self.done, np.zeros(0, int))
 
     def finish(self) -> Evaluation:
         """Evaluates the final model and writes ``clients.csv`` and ``result.json``."""
         evaluation = self.built.simulation.evaluate_in_use(self.state, self.built.test)
+        if self._history is None:
+            return evaluation
         # The result comes last, for it says that the run is finished.
         write_clients(self.folder.path / "clients.csv", evaluation, self.built.test.client_names)
         row = {key: value if math.isfinite(value) else None for key, value in evaluation.row().items()}
@@ -153,6 +170,8 @@ class Run:
         self._lock.close()
 
     def _note_time(self, before: int, seconds: float) -> None:
+        if self._history is None:
+            return
         note = {"from": before + 1, "to": self.done, "seconds": round(seconds, 6)}
         with open(self.folder.path / "timings.jsonl", "a") as file:
             file.write(json.dumps(note) + "\n")
@@ -187,6 +206,10 @@ def write_clients(path: Path, evaluation: Evaluation, names: Any) -> None:
     # A value that differs from itself is NaN.
     writer.writerows({key: "" if value != value else value for key, value in row.items()} for row in rows)
     files.write(path, text.getvalue())
+
+
+def _lanes(config: RunConfig, simulation: Simulation, state: RunState) -> int:
+    return simulation.tune(state) if config.simulation.lanes == "auto" else simulation.lanes(state.params)
 
 
 def _more_rounds(folder: RunFolder, rounds: int) -> int:

@@ -1,0 +1,80 @@
+"""Several processes, one to a machine: how they find each other, and who writes files."""
+
+import contextlib
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator
+
+import jax
+from jax.experimental import multihost_utils
+
+_HEARTBEAT_SECONDS = 30
+LOST = 3
+"""The exit status when another process of the run has ended."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machines:
+    """Where the processes of one run meet; give all three, or --cluster alone, or nothing for one process."""
+
+    coordinator: str | None = None
+    """HOST:PORT of process 0, which all can reach."""
+    processes: int | None = None
+    """How many there are."""
+    process_id: int | None = None
+    """Which one this is, from 0. Process 0 writes the run's folder; all must see it, for a resume."""
+    cluster: bool = False
+    """Take all three from the launcher's environment: Slurm's srun, Open MPI's mpirun, a cloud's TPU hosts."""
+
+    @contextlib.contextmanager
+    def joined(self) -> Iterator[None]:
+        """Joins the others for as long as it lasts. One process alone has nothing to do.
+
+        Raises:
+            ValueError: If some arguments are missing or contradict each other.
+            RuntimeError: If the others do not come.
+        """
+        self._check()
+        if not self.cluster and self.coordinator is None:
+            yield
+            return
+        jax.distributed.initialize(
+            self.coordinator, self.processes, self.process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
+        )
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            # The way out through Python would wait for the process that is gone.
+            _leave(error)
+        jax.distributed.shutdown()
+
+    def _check(self) -> None:
+        given = {"--coordinator": self.coordinator, "--processes": self.processes, "--process-id": self.process_id}
+        missing = [name for name, value in given.items() if value is None]
+        if self.cluster and len(missing) < 3:
+            raise ValueError("--cluster takes everything from the launcher's environment. Leave out " + ", ".join(given) + ".")
+        if not self.cluster and 0 < len(missing) < 3:
+            raise ValueError(f"Several processes need {', '.join(given)}; {', '.join(missing)} is missing.")
+        if self.processes is not None and not 0 <= (self.process_id or 0) < self.processes:
+            raise ValueError(f"--process-id: expected 0 to {self.processes - 1}, got {self.process_id}.")
+
+
+def writes() -> bool:
+    """Whether this process writes the run's files."""
+    return jax.process_index() == 0
+
+
+def meet(where: str) -> None:
+    """Waits until all processes are at this point."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(where)
+
+
+def _leave(error: Exception) -> None:
+    if os.environ.get("JAXFED_DEBUG"):
+        print(error, file=sys.stderr)
+    text = "Another process of this run has ended, or cannot be reached. Start all processes again with  jaxfed resume"
+    print(f"jaxfed: process {jax.process_index()}: {text}.", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(LOST)
