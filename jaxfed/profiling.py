@@ -129,11 +129,11 @@ def profile_rounds(
     """
     checks.instance("simulation", simulation, Simulation)
     at_least_one = checks.Bounds(at_least=1)
-    rounds = checks.count("rounds", simulation.chunk if rounds is None else rounds, at_least_one)
+    length: int = simulation.chunk if rounds is None else checks.count("rounds", rounds, at_least_one)
     repetitions = checks.count("repetitions", repetitions, at_least_one)
     eval_every = checks.count("eval_every", eval_every, checks.Bounds(at_least=0))
     planned = None if planned is None else checks.count("planned", planned, at_least_one)
-    timed = _Timed(simulation, simulation._check_state(state), int(rounds))
+    timed = _Timed(simulation, simulation._check_state(state), length)
     times = timed.measure(repetitions, eval_data)
     work = work_of(timed.reports, simulation.devices.per_machine, timed.lanes)
     return _profile(timed, times, work, eval_every, planned)

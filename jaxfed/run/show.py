@@ -63,10 +63,11 @@ def sweep(rows: list[Row], title: str) -> Table:
 
 def profile(found: Profile) -> list[Any]:
     """Where a round's time goes, what it computes, and what limits it."""
-    times = _table(f"Where a round's time goes, median over {found.rounds} rounds at a time")
+    times = _table("Where a round's time goes")
     times.add_column("part")
     times.add_column("seconds", justify="right")
     times.add_column("share", justify="right")
+    times.caption = f"Medians, {found.rounds} rounds at a time"
     whole = sum(found.seconds.values()) or 1.0
     for name, seconds in found.seconds.items():
         times.add_row(name, number(seconds), f"{seconds / whole:.0%}")
