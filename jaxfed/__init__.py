@@ -70,6 +70,7 @@ from jaxfed.personal.fedem import FedEM, stacked_starts
 from jaxfed.personal.finetune import Finetuned
 from jaxfed.personal.partial import LocalLeaves, norm_layers
 from jaxfed.personal.pfedme import PFedMe
+from jaxfed.profiling import Profile, profile_rounds
 from jaxfed.reports import Evaluation, History, RoundReport
 from jaxfed.server.aggregators import GradientMaskedMean, Mean, Sum, list_aggregators
 from jaxfed.server.fair import Agnostic, QFair
@@ -146,6 +147,7 @@ __all__ = [
     "PiecewiseDecay",
     "Poisson",
     "PolynomialDecay",
+    "Profile",
     "QFair",
     "RMSProp",
     "Regularizer",
@@ -199,6 +201,7 @@ __all__ = [
     "norm_layers",
     "number",
     "pfedme",
+    "profile_rounds",
     "qfedavg",
     "scaffold",
     "size",

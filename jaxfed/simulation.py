@@ -310,25 +310,28 @@ class Simulation:
             population, chunk = self.population, self.chunk
         else:
             population, state, chunk = *pager.example(state), 1
-        _run_rounds.eval_shape(*self._arguments(population, state, 1), chunk=chunk, lanes=self.lanes(state.params))
-
-    def _arguments(self, population: Population, state: RunState, rounds: int) -> tuple:
-        parts = (self.algorithm, self.selector, population)
-        rest = state._replace(kept=(), seen=())  # type: ignore[arg-type]
-        return parts, rest, (state.kept, state.seen), jnp.asarray(rounds, jnp.int32)
+        arguments, options = self._arguments(population, state, 1, chunk)
+        _run_rounds.eval_shape(*arguments, **options)
 
     def _advance(self, state: RunState, rounds: int, lanes: int | None = None) -> tuple[RunState, list[RoundReport]]:
-        pager, lanes = self._pager(state.params, self.data, self.cohort_size), lanes or self.lanes(state.params)
+        pager = self._pager(state.params, self.data, self.cohort_size)
 
         def run(population: Population, state: RunState, rounds: int, chunk: int) -> tuple[RunState, RoundInfo]:
-            state = self.devices.place(state, state_layout(state, self.devices))
-            return _run_rounds(*self._arguments(population, state, rounds), chunk=chunk, lanes=lanes)
+            arguments, options = self._arguments(population, state, rounds, chunk)
+            return _run_rounds(*arguments, **options | ({} if lanes is None else {"lanes": lanes}))
 
         if pager is None:
             state, infos = run(self.population, state, rounds, self.chunk)
             return state, RoundReport.unstack(jax.device_get(infos), rounds)
         state, pages = run_paged(pager, self.selector, lambda page, state: run(page, state, 1, 1), state, rounds)
         return state, [RoundReport.unstack(info, 1)[0] for info in jax.device_get(pages)]
+
+    def _arguments(self, population: Population, state: RunState, rounds: int, chunk: int) -> tuple[tuple, dict[str, int]]:
+        """What the compiled call of some rounds takes."""
+        state = self.devices.place(state, state_layout(state, self.devices))
+        rest = state._replace(kept=(), seen=())  # type: ignore[arg-type]
+        parts, tables = (self.algorithm, self.selector, population), (state.kept, state.seen)
+        return (parts, rest, tables, jnp.asarray(rounds, jnp.int32)), {"chunk": chunk, "lanes": self.lanes(state.params)}
 
     def _check_rows(self, where: str, data: Any) -> FederatedData:
         if checks.instance(where, data, FederatedData).num_examples == 0:

@@ -22,7 +22,8 @@ STORY = """
     algorithms algorithms_corrected algorithms_personal
     data.federated data.partition data.datasets data
     models.layers models.recurrent models.advice models.losses models.functions models.adapters models.rnn models.reference models
-    reports placement paging lane_choice simulation differentiable hyperparameters side_by_side sweep testing
+    reports placement paging lane_choice simulation differentiable hyperparameters side_by_side sweep
+    bottleneck costs step_costs profiling testing
     run.files run.environment run.machines run.section run.config run.journal run.tables run.checkpoint run.history
     run.export run.plots run.sweep_plots run.listing run.show run.build run.folder run.training run.sweeping run
     run.commands run.cli

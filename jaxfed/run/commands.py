@@ -2,16 +2,19 @@
 
 import contextlib
 import dataclasses
+import json
 import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
+import jax
 import tyro
 from rich.console import Console
 
-from jaxfed.run import listing, show
+from jaxfed.profiling import profile_rounds
+from jaxfed.run import build, files, listing, show
 from jaxfed.run.config import RunConfig
 from jaxfed.run.environment import make_devices, use_compilation_cache
 from jaxfed.run.export import export_weights
@@ -103,6 +106,40 @@ class Sweep:
 
 
 @dataclasses.dataclass
+class Profile:
+    """Say where a round's time goes, what it computes, and what limits it; a few rounds are run, and nothing is kept."""
+
+    config: tyro.conf.Positional[Path]
+    """The TOML file."""
+    set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
+    """Replace a setting of the file."""
+    rounds: int | None = None
+    """How many rounds are timed in each repetition; by default as many as one compiled call has."""
+    repetitions: int = 5
+    """How often everything is timed; the medians count."""
+    out: Path | None = None
+    """A JSON file for the figures, such as profile.json."""
+
+    def __call__(self) -> int:
+        """Runs the command and returns its exit status."""
+        # Without the cache of compiled programs: it would hide how long compiling takes.
+        config = build.resolved(RunConfig.read(self.config, self.set))
+        if self.out is not None and (self.out.is_dir() or not self.out.absolute().parent.is_dir()):
+            raise ValueError(f"--out {self.out}: expected a file in a folder that exists, such as profile.json.")
+        built = build.build(config)
+        state = built.simulation.init(key=jax.random.key(config.run.seed))
+        build.check_round(built.simulation, state)
+        counts = {"rounds": self.rounds, "repetitions": self.repetitions}
+        run = {"eval_data": built.test, "eval_every": config.run.eval_every, "planned": config.run.rounds}
+        profile = profile_rounds(built.simulation, state, **counts, **run)
+        Console(highlight=False).print(*show.profile(profile))
+        if self.out is not None:
+            files.write(self.out, json.dumps(profile.to_dict(), indent=1) + "\n")
+            print(f"Figures: {_short(self.out.absolute())}")
+        return 0
+
+
+@dataclasses.dataclass
 class Evaluate:
     """Evaluate the newest model of a run."""
 
@@ -185,6 +222,7 @@ Command = (
     Annotated[Train, tyro.conf.subcommand("run")]
     | Annotated[Resume, tyro.conf.subcommand("resume")]
     | Annotated[Sweep, tyro.conf.subcommand("sweep")]
+    | Annotated[Profile, tyro.conf.subcommand("profile")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[List, tyro.conf.subcommand("list")]
     | Annotated[Plot, tyro.conf.subcommand("plot")]
@@ -192,7 +230,7 @@ Command = (
 )
 
 
-def parse(arguments: list[str]) -> Train | Resume | Sweep | Evaluate | List | Plot | Export:
+def parse(arguments: list[str]) -> Train | Resume | Sweep | Profile | Evaluate | List | Plot | Export:
     """The command that the arguments ask for; raises SystemExit with status 2 where they ask for none."""
     description = "Federated learning in compiled JAX: train from a config file, resume, evaluate, compare."
     return tyro.cli(Command, prog="jaxfed", description=description, args=arguments)  # type: ignore[arg-type]

@@ -4,12 +4,14 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from jaxfed.profiling import Profile
 from jaxfed.reports import Evaluation
 from jaxfed.run.history import Row
 from jaxfed.run.listing import Entry
@@ -57,6 +59,46 @@ def sweep(rows: list[Row], title: str) -> Table:
         spreads = [row.get(f"{name}_std") for name in names]
         table.add_row(*(number(row[n]) + (f" ± {number(s)}" if s is not None else "") for n, s in zip(names, spreads)))
     return table
+
+
+def profile(found: Profile) -> list[Any]:
+    """Where a round's time goes, what it computes, and what limits it."""
+    times = _table("Where a round's time goes")
+    times.add_column("part")
+    times.add_column("seconds", justify="right")
+    times.add_column("share", justify="right")
+    times.caption = f"Medians, {found.rounds} rounds at a time"
+    whole = sum(found.seconds.values()) or 1.0
+    for name, seconds in found.seconds.items():
+        times.add_row(name, number(seconds), f"{seconds / whole:.0%}")
+    times.add_row("a whole round", number(found.round_seconds), "", style="bold")
+    once = {"one evaluation": found.evaluation_seconds, "placing the data": found.placing["seconds"]}
+    for name, seconds in {**once, **{f"compiling: {name}": seconds for name, seconds in found.compiling.items()}}.items():
+        times.add_row(name, number(seconds), "")
+    facts = _table("What it computes")
+    facts.add_column("quantity")
+    facts.add_column("value", justify="right")
+    for name, value in _facts(found).items():
+        facts.add_row(name, value)
+    sentences = dict.fromkeys((found.round_limit, found.limit))
+    return [times, facts, "\n".join(sentences)]
+
+
+def _facts(found: Profile) -> dict[str, str]:
+    setting, work = found.setting, found.work
+    facts = {
+        "devices": f"{setting['devices']} ({setting['device']}), {setting['lanes']} lanes each",
+        "local steps of a round": f"{number(work.steps)}; most on one device {number(work.longest)}",
+        "largest over mean of the devices' steps": number(work.imbalance),
+        "share of the lanes' steps that train": f"{work.used:.0%}",
+        "operations: a local step, a round": f"{number(found.step.flops)}, {number(found.cost.flops)}",
+        "bytes accessed: a local step, a round": f"{number(found.step.bytes)}, {number(found.cost.bytes)}",
+        "operations a second, of the peak": f"{found.flops_fraction:.1%} of {number(found.peak.flops)}",
+        "bytes a second, of the peak": f"{found.bytes_fraction:.1%} of {number(found.peak.bytes)}",
+    }
+    facts |= {f"{kind} in a round": f"{one.count}, {one.bytes} bytes" for kind, one in found.collectives.items()}
+    memory = {name: size for name, size in found.memory.items() if size is not None}
+    return facts | {f"memory, {name}": f"{size / 2**20:.1f} MiB" for name, size in memory.items()}
 
 
 def results(evaluation: Evaluation, title: str) -> Table:
