@@ -169,8 +169,7 @@ class _Timed:
         self.whole, self.idle = (_with_selector(simulation, _Paced(simulation.selector, work, stamp)) for work in (1.0, 0.0))
         self.lanes, self.rounds, self.first = simulation.lanes(state.params), rounds, state
         self.pager = simulation._pager(state.params, simulation.data, simulation.cohort_size)
-        kept = simulation._copy_kept(state)
-        self.state = state._replace(kept=kept, seen=trees.copy(state.seen))
+        self.state = simulation._own(state)
         # Their rows are the page, where data are paged.
         self.ids = self._cohort()
         begin = time.perf_counter()

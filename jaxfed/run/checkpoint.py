@@ -322,7 +322,11 @@ def _orbax() -> tuple[Any, Any]:
     # It takes a second to import, and only reading and writing need it.
     import orbax.checkpoint as ocp
 
-    return ocp, ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    # Leaves are whole on this process, which neither waits for others nor writes for them.
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"p{own}")
+    handler = ocp.StandardCheckpointHandler(multiprocessing_options=alone)
+    return ocp, ocp.Checkpointer(handler, multiprocessing_options=alone)
 
 
 def _numbered(leaves: Leaves) -> Leaves:
