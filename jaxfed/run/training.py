@@ -243,7 +243,8 @@ def _built(folder: RunFolder) -> build.Built:
 
 
 def _initial(folder: RunFolder, built: build.Built) -> RunState:
-    return built.simulation.init(key=jax.random.key(folder.config.run.seed))
+    # Checkpoints know nothing of devices: a run goes on with as many as there are.
+    return built.simulation.portable(built.simulation.init(key=jax.random.key(folder.config.run.seed)))
 
 
 def _warn_of_differences(folder: RunFolder) -> None:

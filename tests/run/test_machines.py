@@ -1,0 +1,97 @@
+"""One run by two processes: what one process computes; a process that dies ends the other; resumed, all goes on."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxfed.run.cli import main
+from jaxfed.run.config import RunConfig
+from jaxfed.run.history import read_history
+from jaxfed.run.machines import LOST, Machines
+
+ROOT = Path(__file__).resolve().parents[2]
+MORTAL = """
+import os, signal, sys
+from jaxfed.run import cli, training
+whole, chunks = training.row_of, []
+
+def row_of(report):
+    if report.round > int(sys.argv[1]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(report)
+
+training.row_of = row_of
+sys.exit(cli.main(sys.argv[2:]))
+"""
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def start(tmp_path, number, port, *arguments, dies_after=None):
+    """A process of a run of two."""
+    program = ["-m", "jaxfed.run"] if dies_after is None else ["-c", MORTAL, str(dies_after)]
+    where = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id", str(number)]
+    # Each has a cache of its own: a process that waits for a collective must not wait for a file too.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / f"cache{number}"), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    call = [sys.executable, *program, *arguments, *where]
+    return subprocess.Popen(call, env=os.environ | cache, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def together(tmp_path, *arguments, dies_after=None):
+    """Both processes' exit status and what they said; the second may die."""
+    port = free_port()
+    deaths = (None, dies_after)
+    processes = [start(tmp_path, number, port, *arguments, dies_after=deaths[number]) for number in range(2)]
+    try:
+        said = [process.communicate(timeout=240) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], said
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_two_processes_are_one_and_go_on_after_a_death(table, tmp_path, capsys):
+    table["run"] |= {"rounds": 8, "checkpoint_every": 4}
+    (tmp_path / "run.toml").write_text(RunConfig.from_dict(table).to_toml())
+    config = str(tmp_path / "run.toml")
+    assert main(["run", config, "--set", f"run.out={tmp_path / 'one'}"]) == 0
+    codes, said = together(tmp_path, "run", config, dies_after=4)
+    assert codes == [LOST, -9], said
+    assert "process 0: Another process of this run has ended" in said[0][1]
+    assert [row["round"] for row in read_history(tmp_path / "run" / "history.jsonl")][:4] == [1, 2, 3, 4]
+    codes, said = together(tmp_path, "resume", str(tmp_path / "run"))
+    assert codes == [0, 0], said
+    # Only process 0 speaks, and only it writes.
+    assert "After 8 rounds" in said[0][0]
+    assert [line for line in said[1][0].splitlines() if not line.startswith("[Gloo]")] == []
+    one, two = (read_history(tmp_path / name / "history.jsonl") for name in ("one", "run"))
+    assert [row["excluded"] for row in two] == [row["excluded"] for row in one]
+    for name in ("loss", "update_norm"):
+        np.testing.assert_allclose([row[name] for row in two], [row[name] for row in one], rtol=2e-5)
+    results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "run")]
+    assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"coordinator": "here:1"}, "--processes, --process-id is missing"),
+        ({"processes": 2, "process_id": 0}, "--coordinator is missing"),
+        ({"coordinator": "here:1", "processes": 2, "process_id": 2}, "expected 0 to 1, got 2"),
+        ({"cluster": True, "processes": 2}, "Leave out"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_refused_before_anything_starts(arguments, text):
+    with pytest.raises(ValueError, match=text), Machines(**arguments).joined():
+        pass
