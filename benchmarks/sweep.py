@@ -49,6 +49,7 @@ _ALL = ("fedavg", "fedprox", "fedadam", "scaffold")
 PEERS = {
     "jaxfed": Peer("jaxfed", "jaxfed_rounds", ("--calls", "3"), algorithms=_ALL),
     "jaxfed-cached": Peer("jaxfed", "jaxfed_rounds", ("--compilation-cache", str(HERE / ".cache" / "xla")), ("fedavg",)),
+    "jaxfed-2-devices": Peer("jaxfed", "jaxfed_rounds", ("--devices", "2"), ("fedavg",)),
     "plain-scan": Peer("plain_jax", "plain_jax"),
     "plain-central": Peer("plain_jax", "plain_jax", ("--variant", "central"), ("fedavg",)),
     "fedjax": Peer("fedjax", "fedjax"),

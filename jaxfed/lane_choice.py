@@ -3,8 +3,6 @@
 from collections.abc import Callable
 
 LADDER = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
-# A step up the ladder has to gain more than what two runs of the same program differ by.
-_GAIN = 0.95
 
 
 def climb(measure: Callable[[int], float], start: int, most: int) -> dict[int, float]:
@@ -28,7 +26,7 @@ def climb(measure: Callable[[int], float], start: int, most: int) -> dict[int, f
         best = seconds[start]
         for lanes in ahead:
             seconds[lanes] = measure(lanes)
-            if seconds[lanes] > _GAIN * best:
+            if seconds[lanes] >= best:
                 return
             best = seconds[lanes]
 
