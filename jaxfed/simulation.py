@@ -188,7 +188,8 @@ class Simulation:
         if eval_every:
             self._check_rows("eval_data", self.data if eval_data is None else eval_data)
         # The compiled call donates what clients keep; the caller's table stays his.
-        self._warn_of_slow_layers(state)
+        if (model := getattr(self.algorithm.client, "model", None)) is not None:
+            warn_of_slow_layers(model, state.params, state.stats, self.data.arrays, state.key)
         state = self._own(state)
         end = int(state.round) + rounds
         while (done := int(state.round)) < end:
@@ -288,13 +289,6 @@ class Simulation:
         else:
             kept = trees.copy(self._placement.by_device(state.kept))
         return state._replace(kept=kept, seen=trees.copy(state.seen))
-
-    def _warn_of_slow_layers(self, state: RunState) -> None:
-        model, rows = getattr(self.algorithm.client, "model", None), min(8, self.data.max_size)
-        if model is not None:
-            batch: Any = {key: jax.eval_shape(lambda x=x: jnp.asarray(x[:rows])) for key, x in self.data.arrays.items()}
-            batch["mask"] = jax.ShapeDtypeStruct((rows,), bool)
-            warn_of_slow_layers(model, state.params, state.stats, batch, state.key)
 
     def _tune_if_worth(self, state: RunState, first_seconds: float, rounds: int) -> None:
         """Measures lanes if that takes less than what is to come; the first call's seconds are mostly compilation."""

@@ -11,6 +11,7 @@ from jax.extend import core
 
 from jaxfed.base import Model
 
+_ROWS = 8
 _REMEDIES = {
     "conv_general_dilated": "A convolution's gradient inside a compiled loop is 15 to 60 times slower on a CPU than a matrix "
     "product: pass conv_general_dilated=jaxfed.models.layers.conv_general_dilated to Flax's Conv.",
@@ -44,23 +45,33 @@ def slow_layers(function: Callable, *arguments: Any) -> list[str]:
     return [sentence for name, sentence in _REMEDIES.items() if name in found]
 
 
-def warn_of_slow_layers(model: Model, params: Any, stats: Any, batch: Any, key: jax.Array) -> None:
-    """Says once for a loss, on a CPU, what in it is slow inside a compiled loop."""
+def warn_of_slow_layers(model: Model, params: Any, stats: Any, arrays: dict[str, Any], key: jax.Array) -> None:
+    """Says once for a loss, on a CPU, what in it is slow inside a compiled loop.
+
+    Args:
+        model: The loss, as a Model.
+        params: Its weights.
+        stats: Its statistics.
+        arrays: ``[examples, ...]`` by key, of which a few rows make a batch.
+        key: A PRNG key, for its type.
+    """
     if jax.default_backend() != "cpu":
         return
+    rows = min(_ROWS, *map(len, arrays.values()))
+    batch: Any = {name: jnp.asarray(x[:rows]) for name, x in arrays.items()} | {"mask": jnp.ones(rows, bool)}
     leaves, structure = jax.tree.flatten((model, params, stats, batch, key))
     shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)
-    for sentence in _advice(structure, shapes):
-        warnings.warn(sentence, stacklevel=4)
+    _warn_once(structure, shapes)
 
 
 @functools.lru_cache(maxsize=32)
-def _advice(structure: Any, shapes: tuple) -> list[str]:
+def _warn_once(structure: Any, shapes: tuple) -> None:
     def loss(*leaves: Any) -> Any:
         model, params, stats, batch, key = jax.tree.unflatten(structure, leaves)
         return model.loss(params, stats, batch, key)[0]
 
-    return slow_layers(loss, *shapes)
+    for sentence in slow_layers(loss, *shapes):
+        warnings.warn(sentence, stacklevel=5)
 
 
 def _slow(jaxpr: core.Jaxpr) -> Iterator[str]:

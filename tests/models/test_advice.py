@@ -5,10 +5,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 from jax import lax
 
+import jaxfed
 from jaxfed.models import layers, reference, rnn
 from jaxfed.models.advice import slow_layers
 
@@ -83,3 +85,21 @@ def test_reference_models_need_no_advice(name):
     params, stats = jax.eval_shape(model.init, jax.random.key(0))
     batch = sample | {"mask": jnp.ones(2, bool)}
     assert slow_layers(lambda p: model.loss(p, stats, batch, jax.random.key(1))[0].sum(), params) == []
+
+
+def slow_loss(params, batch, key):
+    convolved = jax.lax.conv(batch["x"], params, (1, 1), "VALID")
+    return convolved.sum((1, 2, 3))
+
+
+def test_a_simulation_says_so_once():
+    data = jaxfed.FederatedData.from_arrays({"x": np.ones((4, 1, 5, 5), np.float32)}, [0, 0, 1, 1])
+    algorithm = jaxfed.fedavg(slow_loss, lrate=0.1, batch_size=2)
+
+    def run():
+        simulation = jaxfed.Simulation(algorithm, data)
+        simulation.run(simulation.init(jnp.ones((1, 1, 3, 3)), key=jax.random.key(0)), rounds=1)
+
+    with pytest.warns(UserWarning, match=r"pass conv_general_dilated=jaxfed.models.layers.conv_general_dilated"):
+        run()
+    run()  # a warning would be an error
