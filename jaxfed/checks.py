@@ -158,3 +158,35 @@ def closest(value: Any, known: Iterable[Any]) -> str:
     """`` Did you mean 'x'?`` where a known name is near, else an empty text."""
     near = difflib.get_close_matches(str(value), [str(k) for k in known], n=1)
     return f" Did you mean {near[0]!r}?" if near else ""
+
+
+def prng_key(key: Any) -> jax.Array:
+    """A typed PRNG key as it is.
+
+    Raises:
+        TypeError: For anything else.
+    """
+    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim:
+        raise TypeError(f"key: expected one PRNG key, got {describe(key)}. Make it with jax.random.key(seed).")
+    return key
+
+
+def trainable(params: Any) -> Any:
+    """Weights as arrays.
+
+    Raises:
+        TypeError: If a leaf is no floating number.
+        ValueError: If there is none, or one is not finite.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    if not leaves:
+        raise ValueError("params: expected a tree with at least one array, got none.")
+    for path, leaf in leaves:
+        where = f"params, leaf {leaf_name(path) or '(the whole)'}"
+        is_number = isinstance(leaf, float) or hasattr(leaf, "dtype")
+        if not is_number or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+            raise TypeError(f"{where}: expected floating numbers, got {describe(leaf)}. Statistics go into stats=.")
+        if not np.isfinite(np.asarray(leaf)).all():
+            raise ValueError(f"{where}: expected finite numbers, got NaN or inf.")
+    # An explicit dtype takes the weak type of a Python float away, which the first round would, at the price of a second trace.
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)

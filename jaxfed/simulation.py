@@ -1,25 +1,26 @@
 """Simulation: many rounds, compiled in chunks, with evaluation in between."""
 
+import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxfed import checks, part, trees
 from jaxfed.base import Broadcast, Model, Params, RunState, Selector
 from jaxfed.data.federated import FederatedData
-from jaxfed.engine import mesh
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.engine.cohort import Tables
 from jaxfed.engine.evaluation import sum_metrics, sum_personal_metrics
 from jaxfed.engine.lanes import default_lanes
-from jaxfed.engine.mesh import Devices
+from jaxfed.engine.mesh import Devices, choose_devices
 from jaxfed.engine.population import Population, table_length
 from jaxfed.engine.round import RoundInfo, run_round, state_layout
+from jaxfed.lane_choice import best_of, climb
+from jaxfed.models.advice import warn_of_slow_layers
 from jaxfed.paging import Pager, run_paged, sum_by_pages
 from jaxfed.placement import Placement
 from jaxfed.reports import Evaluation, History, RoundReport
@@ -28,6 +29,8 @@ from jaxfed.server.selection import Everyone, Uniform
 _EVALUATION_ROWS = 256
 # Clients whose rows are evaluated together, where they come page by page.
 _PAGE = 1024
+# Measuring lanes takes as long as compiling three or four programs.
+_WORTH = 8
 # The run's key is folded once for each use of it.
 _MODEL, _SERVER, _RUN = range(3)
 
@@ -40,7 +43,8 @@ class Simulation:
         data: The clients' training data.
         cohort_size: ``C``, clients drawn uniformly each round; None takes all of them.
         selector: How cohorts are chosen, instead of ``cohort_size``.
-        lanes: ``L``, clients that run side by side on each device; None chooses by the sizes of model and cohort.
+        lanes: ``L``, clients that run side by side on each device; None chooses by the sizes of model and cohort, ``"auto"``
+            measures once enough rounds are to come (see :meth:`tune`). Results for other lanes differ in their last bits.
         devices: How many of JAX's devices take part, or which; None takes all, at most one for each client of a cohort.
         chunk: The most rounds in one compiled call.
         paged: Keeps data and what clients keep on the host, whence a page goes to the devices for each cohort, the next one's
@@ -69,7 +73,7 @@ class Simulation:
         cohort_size: int | None = None,
         *,
         selector: Selector | None = None,
-        lanes: int | None = None,
+        lanes: int | Literal["auto"] | None = None,
         devices: int | Sequence[Any] | None = None,
         chunk: int = 10,
         paged: bool | str | Path | None = None,
@@ -79,9 +83,11 @@ class Simulation:
         self.selector = _selector(cohort_size, selector)
         self.cohort_size = self.selector.cohort_size(data.num_clients)
         at_least_one = checks.Bounds(at_least=1)
-        self._lanes = None if lanes is None else min(checks.count("lanes", lanes, at_least_one), self.cohort_size)
+        self._measures = lanes == "auto"
+        self._lanes = None if lanes in (None, "auto") else min(checks.count("lanes", lanes, at_least_one), self.cohort_size)
+        self.lane_seconds: dict[int, float] = {}
         self.chunk = checks.count("chunk", chunk, at_least_one)
-        self.devices = _devices(devices, self.cohort_size)
+        self.devices = choose_devices(devices, self.cohort_size)
         self._paged = paged
         self._placement = Placement(data, algorithm, self.devices)
         if data.num_examples == 0:
@@ -100,8 +106,27 @@ class Simulation:
         return self.algorithm.client.model  # type: ignore[attr-defined]
 
     def lanes(self, params: Params) -> int:
-        """``L``, as given or by default for these weights."""
+        """``L``, as given, measured, or by default for these weights."""
         return self._lanes or default_lanes(params, self.cohort_size)
+
+    def tune(self, state: RunState) -> int:
+        """Measures rounds with other numbers of lanes, each of which is compiled, and keeps the fastest: ``L``.
+
+        ``lane_seconds`` then holds seconds of a round by lanes. The rounds that are run for it leave no trace.
+        """
+        most = -(-self.cohort_size // self.devices.per_machine)
+        self.lane_seconds = climb(partial(self._seconds, state), min(self.lanes(state.params), most), most)
+        # Clocks differ between processes, the program may not.
+        self._lanes = int(self.devices.agree(best_of(self.lane_seconds)))
+        return self._lanes
+
+    def _seconds(self, state: RunState, lanes: int) -> float:
+        state, times = self._own(state), []
+        for _ in range(4):
+            begin = time.perf_counter()
+            state, _ = self._advance(state, 1, lanes)
+            times.append(time.perf_counter() - begin)
+        return min(times[1:])
 
     def init(self, params: Params | None = None, *, key: jax.Array, stats: Any = None) -> RunState:
         """The state before the first round, from given weights (which are copied) or the model's own.
@@ -114,11 +139,11 @@ class Simulation:
         Raises:
             TypeError: If ``key`` is not a PRNG key or the weights hold something that cannot be trained.
         """
-        key = _typed_key(key)
+        key = checks.prng_key(key)
         if params is None:
             params, stats = _init_model(self.model, key)
         stats = {} if stats is None else stats
-        return self._first_state(_trainable(params), stats, key, self.data.num_clients)
+        return self._first_state(checks.trainable(params), stats, key, self.data.num_clients)
 
     def run(
         self, state: RunState, *, rounds: int, eval_every: int = 0, eval_data: FederatedData | None = None
@@ -163,11 +188,14 @@ class Simulation:
         if eval_every:
             self._check_rows("eval_data", self.data if eval_data is None else eval_data)
         # The compiled call donates what clients keep; the caller's table stays his.
-        state = state._replace(kept=self._copy_kept(state), seen=trees.copy(state.seen))
+        self._warn_of_slow_layers(state)
+        state = self._own(state)
         end = int(state.round) + rounds
         while (done := int(state.round)) < end:
             until_evaluation = eval_every - done % eval_every if eval_every else rounds
+            begin = time.perf_counter()
             state, reports = self._advance(state, min(chunk or self.chunk, self.chunk, end - done, until_evaluation))
+            self._tune_if_worth(state, time.perf_counter() - begin, end - int(state.round))
             done = int(state.round)
             if eval_every and (done % eval_every == 0 or done == end):
                 reports[-1].evaluation = self.evaluate_in_use(state, eval_data)
@@ -252,14 +280,32 @@ class Simulation:
         rest = self.devices.collect(state._replace(kept=()))
         return rest._replace(kept=self._placement.by_client(state.kept))
 
-    def _copy_kept(self, state: RunState) -> Any:
+    def _own(self, state: RunState) -> RunState:
+        """The state with tables of its own, which rounds may donate or write to."""
         pager = self._pager(state.params, self.data)
-        if pager is None:
-            return trees.copy(self._placement.by_device(state.kept))
-        return pager.copy(state.kept, state.seen)
+        if pager is not None:
+            kept = pager.copy(state.kept, state.seen)
+        else:
+            kept = trees.copy(self._placement.by_device(state.kept))
+        return state._replace(kept=kept, seen=trees.copy(state.seen))
 
-    def _advance(self, state: RunState, rounds: int) -> tuple[RunState, list[RoundReport]]:
-        pager, lanes = self._pager(state.params, self.data, self.cohort_size), self.lanes(state.params)
+    def _warn_of_slow_layers(self, state: RunState) -> None:
+        model, rows = getattr(self.algorithm.client, "model", None), min(8, self.data.max_size)
+        if model is not None:
+            batch: Any = {key: jax.eval_shape(lambda x=x: jnp.asarray(x[:rows])) for key, x in self.data.arrays.items()}
+            batch["mask"] = jax.ShapeDtypeStruct((rows,), bool)
+            warn_of_slow_layers(model, state.params, state.stats, batch, state.key)
+
+    def _tune_if_worth(self, state: RunState, first_seconds: float, rounds: int) -> None:
+        """Measures lanes if that takes less than what is to come; the first call's seconds are mostly compilation."""
+        if not self._measures or not rounds:
+            return
+        self._measures = False
+        if self.devices.agree(rounds * self._seconds(state, self.lanes(state.params)) > _WORTH * first_seconds):
+            self.tune(state)
+
+    def _advance(self, state: RunState, rounds: int, lanes: int | None = None) -> tuple[RunState, list[RoundReport]]:
+        pager, lanes = self._pager(state.params, self.data, self.cohort_size), lanes or self.lanes(state.params)
 
         def run(population: Population, state: RunState, rounds: int, chunk: int) -> tuple[RunState, RoundInfo]:
             state = self.devices.place(state, state_layout(state, self.devices))
@@ -336,44 +382,9 @@ def _first_state(
     return devices.constrain(state, state_layout(state, devices))
 
 
-def _devices(devices: int | Sequence[Any] | None, cohort_size: int) -> Devices:
-    if devices is None:
-        everyone = mesh.default_devices()
-        return mesh.make_devices(everyone[:cohort_size] if jax.process_count() == 1 else everyone)
-    everyone = jax.devices()
-    if not isinstance(devices, int):
-        return mesh.make_devices([checks.instance("devices", device, jax.Device) for device in devices])
-    count = checks.count("devices", devices, checks.Bounds(at_least=1))
-    if count > len(everyone):
-        remedy = 'On a CPU, make more with  jax.config.update("jax_num_cpu_devices", 8)  before anything else.'
-        raise ValueError(f"devices: expected at most the {len(everyone)} that there are, got {count}. {remedy}")
-    return mesh.make_devices(everyone[:count])
-
-
 def _selector(cohort_size: int | None, selector: Selector | None) -> Selector:
     if cohort_size is not None and selector is not None:
         raise ValueError("Expected cohort_size or selector, got both. Give the selector its size.")
     if selector is not None:
         return part.build("selector", selector, "selector")
     return Everyone() if cohort_size is None else Uniform(cohort_size)
-
-
-def _typed_key(key: Any) -> jax.Array:
-    if not isinstance(key, jax.Array) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.ndim:
-        raise TypeError(f"key: expected one PRNG key, got {checks.describe(key)}. Make it with jax.random.key(seed).")
-    return key
-
-
-def _trainable(params: Params) -> Params:
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    if not leaves:
-        raise ValueError("params: expected a tree with at least one array, got none.")
-    for path, leaf in leaves:
-        where = f"params, leaf {checks.leaf_name(path) or '(the whole)'}"
-        is_number = isinstance(leaf, float) or hasattr(leaf, "dtype")
-        if not is_number or not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-            raise TypeError(f"{where}: expected floating numbers, got {checks.describe(leaf)}. Statistics go into stats=.")
-        if not np.isfinite(np.asarray(leaf)).all():
-            raise ValueError(f"{where}: expected finite numbers, got NaN or inf.")
-    # An explicit dtype takes the weak type of a Python float away, which the first round would, at the price of a second trace.
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), params)

@@ -21,8 +21,8 @@ STORY = """
     engine.evaluation
     algorithms algorithms_corrected algorithms_personal
     data.federated data.partition data.datasets data
-    models.layers models.losses models.functions models.adapters models.reference models
-    reports placement paging simulation differentiable hyperparameters side_by_side sweep testing
+    models.layers models.recurrent models.advice models.losses models.functions models.adapters models.rnn models.reference models
+    reports placement paging lane_choice simulation differentiable hyperparameters side_by_side sweep testing
     run.files run.environment run.section run.config run.journal run.tables run.checkpoint run.history run.export run.plots
     run.sweep_plots run.listing run.show run.build run.folder run.training run.sweeping run run.commands run.cli
 """.split()
@@ -71,6 +71,6 @@ def test_compiled_part_does_not_touch_numpy(module):
 
 def test_import_is_light():
     """``import jaxfed`` loads neither flax nor orbax, nor anything that is an extra."""
-    heavy = ["flax", "orbax", "matplotlib", "rich", "tyro", "sklearn", "safetensors", "tomli_w", "jaxfed.run", "jaxfed.models"]
+    heavy = ["flax", "orbax", "matplotlib", "rich", "tyro", "sklearn", "safetensors", "tomli_w", "jaxfed.run"]
     code = f"import sys, jaxfed; print([name for name in {heavy} if name in sys.modules])"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"

@@ -17,7 +17,7 @@ from workloads import Workload, load, widened
 import jaxfed
 from jaxfed import part
 from jaxfed.base import Cohort, Selector
-from jaxfed.models import layers
+from jaxfed.models import layers, recurrent
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")
 
@@ -55,25 +55,17 @@ def cnn(params: dict, x: jax.Array) -> jax.Array:
 
 def letters(params: dict, x: jax.Array) -> jax.Array:
     """W3: logits ``[B, 80, 90]``."""
-    h = params["emb"][x]
+    h = params["emb"][x].swapaxes(0, 1)
     for layer in ("l0", "l1"):
-        bias = params[f"{layer}bi"] + params[f"{layer}bh"]
-        h = recurrence(h @ params[f"{layer}wi"].T + bias, params[f"{layer}wh"])
-    return h @ params["d"] + params["db"]
+        zeros = jnp.zeros((len(x), params[f"{layer}wh"].shape[1]), h.dtype)
+        _, h = recurrent.lstm(h, torch_kernels(params, layer), (zeros, zeros))
+    return (h @ params["d"] + params["db"]).swapaxes(0, 1)
 
 
-def recurrence(inputs: jax.Array, weights: jax.Array) -> jax.Array:
-    """An LSTM layer from its gates' inputs ``[B, T, 4 H]`` (gates i, f, g, o) and recurrent weights ``[4 H, H]``."""
-    zeros = jnp.zeros((len(inputs), weights.shape[1]), inputs.dtype)
-
-    def step(carry: tuple, x: jax.Array) -> tuple:
-        h, c = carry
-        i, f, g, o = jnp.split(x + h @ weights.T, 4, axis=-1)
-        c = jax.nn.sigmoid(f) * c + jax.nn.sigmoid(i) * jnp.tanh(g)
-        h = jax.nn.sigmoid(o) * jnp.tanh(c)
-        return (h, c), h
-
-    return jax.lax.scan(step, (zeros, zeros), inputs.swapaxes(0, 1))[1].swapaxes(0, 1)
+def torch_kernels(params: dict, layer: str) -> recurrent.Kernels:
+    """PyTorch's layout, all gates in one array and two biases, gate by gate."""
+    inputs, weights = ([gate.T for gate in jnp.split(params[f"{layer}{name}"], 4)] for name in ("wi", "wh"))
+    return recurrent.Kernels(inputs, weights, jnp.split(params[f"{layer}bi"] + params[f"{layer}bh"], 4))
 
 
 MODELS = {"W1": logistic, "W2": cnn, "W3": letters}

@@ -6,13 +6,15 @@ talk when weights go out, when sums come in, and when kept rows travel between t
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxfed import checks
 
 AXES = ("machines", "clients")
 EVERYWHERE = PartitionSpec()
@@ -160,6 +162,10 @@ class Devices:
 
         return jax.make_array_from_callback((self.machines * length, *mine.shape[1:]), self.sharding(spec), rows_at)
 
+    def agree(self, number: int) -> Any:
+        """The number of process 0, in all of them."""
+        return number if self.machines == 1 else multihost_utils.broadcast_one_to_all(jnp.asarray(number))
+
     def collect(self, tree: Any) -> Any:
         """The same values in arrays that this process has as a whole."""
         if self.machines == 1:
@@ -214,6 +220,26 @@ def make_devices(devices: list[Any]) -> Devices:
 def default_devices() -> list[Any]:
     """The devices of a run that names none: all that there are."""
     return jax.devices()
+
+
+def choose_devices(devices: int | Sequence[Any] | None, cohort_size: int) -> Devices:
+    """So many of JAX's devices, or these; None takes all, at most one for each client of a cohort.
+
+    Raises:
+        ValueError: If there are fewer.
+        TypeError: For anything else.
+    """
+    if devices is None:
+        everyone = default_devices()
+        return make_devices(everyone[:cohort_size] if jax.process_count() == 1 else everyone)
+    everyone = jax.devices()
+    if not isinstance(devices, int):
+        return make_devices([checks.instance("devices", device, jax.Device) for device in devices])
+    count = checks.count("devices", devices, checks.Bounds(at_least=1))
+    if count > len(everyone):
+        remedy = 'On a CPU, make more with  jax.config.update("jax_num_cpu_devices", 8)  before anything else.'
+        raise ValueError(f"devices: expected at most the {len(everyone)} that there are, got {count}. {remedy}")
+    return make_devices(everyone[:count])
 
 
 def split_axis(shape: tuple[int, ...], parts: int) -> int | None:

@@ -20,6 +20,7 @@ Example:
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -81,9 +82,9 @@ def conv_general_dilated(  # the arguments are those of jax.lax, in its order
     kernel = rhs.transpose(*layout.rhs_spec[2:], layout.rhs_spec[1], layout.rhs_spec[0])
     _check_channels(x.shape[-1], kernel.shape, feature_group_count)
     x = _pad(x, kernel.shape[:-2], window_strides, padding, (lhs_dilation, rhs_dilation), 0)
-    shifts = _shifts(x, kernel.shape[:-2], window_strides, rhs_dilation)
+    shifts = partial(_shifts, window=kernel.shape[:-2], strides=window_strides, dilation=rhs_dilation)
     product = _product if feature_group_count == 1 else _depthwise if kernel.shape[-2] == 1 else _grouped
-    out = product(shifts, kernel, {"precision": precision, "preferred_element_type": preferred_element_type})
+    out = product(x, shifts, kernel, {"precision": precision, "preferred_element_type": preferred_element_type})
     order = _channels_last(layout.out_spec)
     return out.transpose([order.index(axis) for axis in range(out.ndim)])
 
@@ -101,7 +102,33 @@ def _check_channels(channels: int, kernel: Sequence[int], groups: int) -> None:
         )
 
 
-def _product(shifts: list[jax.Array], kernel: jax.Array, options: dict) -> jax.Array:
+Shifts = Callable[[jax.Array], list[jax.Array]]
+# Patches that fit a core's cache are written and read there: a training step of a small CNN takes 0.7 of the time that it takes
+# with the patches of a whole batch. Fewer at a time than the lower bound do not repay the loop.
+_CACHE = (2**16, 2**20)
+
+
+def _product(x: jax.Array, shifts: Shifts, kernel: jax.Array, options: dict) -> jax.Array:
+    one = jax.eval_shape(shifts, x[:1])
+    size = sum(math.prod(shift.shape) for shift in one) * x.dtype.itemsize
+    group = max((g for g in range(1, len(x) + 1) if len(x) % g == 0 and g * size <= _CACHE[1]), default=1)
+    # Read at trace time: an accelerator wants one large product, and has no cache to keep.
+    if jax.default_backend() != "cpu" or group == len(x) or group * size < _CACHE[0]:
+        return _patches_product(shifts(x), kernel, options)
+
+    def some(images: jax.Array) -> jax.Array:
+        patches = jnp.concatenate(shifts(images), axis=-1)
+        weights = kernel.reshape(patches.shape[-1], -1)
+        # As kernel^T patches^T, whose gradient by the kernel is the quicker of the two.
+        out = lax.dot_general(weights, patches.reshape(-1, len(weights)), (((0,), (1,)), ((), ())), **options)
+        return out.T.reshape(*patches.shape[:-1], -1)
+
+    # The backward loop makes the patches anew: that is quicker than to read those of the batch from memory.
+    out = lax.map(jax.checkpoint(some, prevent_cse=False), x.reshape(-1, group, *x.shape[1:]))
+    return out.reshape(len(x), *out.shape[2:])
+
+
+def _patches_product(shifts: list[jax.Array], kernel: jax.Array, options: dict) -> jax.Array:
     patches = jnp.concatenate(shifts, axis=-1)
     weights = kernel.reshape(patches.shape[-1], -1)
     rows = math.prod(patches.shape[:-1])
@@ -113,21 +140,21 @@ def _product(shifts: list[jax.Array], kernel: jax.Array, options: dict) -> jax.A
     return out.reshape(*patches.shape[:-1], -1)
 
 
-def _grouped(shifts: list[jax.Array], kernel: jax.Array, options: dict) -> jax.Array:
+def _grouped(x: jax.Array, shifts: Shifts, kernel: jax.Array, options: dict) -> jax.Array:
     inner, outer = kernel.shape[-2:]
-    groups = shifts[0].shape[-1] // inner
-    patches = jnp.stack([s.reshape(*s.shape[:-1], groups, inner) for s in shifts], axis=-3)
+    groups = x.shape[-1] // inner
+    patches = jnp.stack([s.reshape(*s.shape[:-1], groups, inner) for s in shifts(x)], axis=-3)
     weights = kernel.reshape(-1, inner, groups, outer // groups)
     out = jnp.einsum("...kgc,kcgo->...go", patches, weights, **options)
     return out.reshape(*out.shape[:-2], outer)
 
 
-def _depthwise(shifts: list[jax.Array], kernel: jax.Array, options: dict) -> jax.Array:
+def _depthwise(x: jax.Array, shifts: Shifts, kernel: jax.Array, options: dict) -> jax.Array:
     """Every channel alone: a sum over the window is 2.5 times faster than batched 1 x 1 products."""
-    groups, dtype = shifts[0].shape[-1], options["preferred_element_type"]
-    weights = kernel.reshape(len(shifts), *(1,) * (shifts[0].ndim - 1), groups, -1)
-    out = sum(s[..., None].astype(dtype or s.dtype) * w.astype(dtype or w.dtype) for s, w in zip(shifts, weights))
-    return jnp.reshape(out, (*shifts[0].shape[:-1], -1))
+    dtype, slices = options["preferred_element_type"], shifts(x)
+    weights = kernel.reshape(len(slices), *(1,) * (x.ndim - 1), x.shape[-1], -1)
+    out = sum(s[..., None].astype(dtype or s.dtype) * w.astype(dtype or w.dtype) for s, w in zip(slices, weights))
+    return jnp.reshape(out, (*slices[0].shape[:-1], -1))
 
 
 def max_pool(
@@ -135,8 +162,8 @@ def max_pool(
 ) -> jax.Array:
     """The maximum over each window, as ``flax.linen.max_pool``.
 
-    Where several entries of a window are the maximum, the gradient is shared among them, pair by pair (two equal entries get half
-    each, four in a 2x2 window a quarter); ``jax.lax`` gives all of it to the first. Both are subgradients that sum to one.
+    Where several entries of a window are the maximum, the gradient is shared among them: equally where windows lie side by side,
+    pair by pair where they overlap. ``jax.lax`` gives all of it to the first. All are subgradients that sum to one.
 
     Args:
         inputs: ``[..., *space, c]``.
@@ -154,10 +181,39 @@ def max_pool(
         >>> max_pool(jnp.array([[[1.0], [5.0], [2.0], [3.0]]]), (2,), (2,)).ravel()
         Array([5., 3.], dtype=float32)
     """
-    # Not reshape and reduce: maxima of strided slices are four times faster with their gradient on a CPU, and serve any window.
     dtype = inputs.dtype
     lowest = -jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).min
+    if tuple(window_shape) == tuple(strides or ()):
+        blocks = _blocks(_pad(inputs, window_shape, window_shape, padding, (None, None), lowest), window_shape)
+        return _block_max(tuple(range(blocks.ndim - 2 * len(window_shape), blocks.ndim - 1, 2)), blocks)
+    # Maxima of strided slices and not a reduction: four times faster with JAX's own gradient on a CPU.
     return _pairwise(jnp.maximum, _windows(inputs, window_shape, strides, padding, lowest))
+
+
+def _blocks(x: jax.Array, window: Sequence[int]) -> jax.Array:
+    """Windows side by side as axes of their own, ``[out, window]`` for each spatial axis, ``c`` last; a rest is cut off."""
+    rank = len(window)
+    lead, space = x.shape[: -1 - rank], x.shape[-1 - rank : -1]
+    if any(size < w for size, w in zip(space, window)):
+        raise ValueError(f"A window that reaches over {tuple(window)} does not fit into inputs of {space} after padding.")
+    counts = [size // w for size, w in zip(space, window)]
+    whole = lax.slice(x, [0] * x.ndim, [*lead, *(n * w for n, w in zip(counts, window)), x.shape[-1]])
+    return whole.reshape(lead + tuple(itertools.chain(*zip(counts, window))) + x.shape[-1:])
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _block_max(axes: tuple[int, ...], x: jax.Array) -> jax.Array:
+    return x.max(axes)
+
+
+@_block_max.defjvp
+def _block_max_jvp(axes: tuple[int, ...], primals: tuple, tangents: tuple) -> tuple:
+    (x,), (tangent,) = primals, tangents
+    # A comparison and a choice, where JAX's own rule multiplies and divides arrays of the inputs' size.
+    maxima = x.max(axes, keepdims=True)
+    chosen = x == maxima
+    share = 1 / chosen.sum(axes).astype(x.dtype)
+    return maxima.reshape(share.shape), jnp.where(chosen, tangent, 0).sum(axes) * share
 
 
 def avg_pool(

@@ -1,9 +1,10 @@
 """The models of the papers, by name: Linen modules, and functions that make a ``Model`` of each.
 
-All take the inputs at ``"x"`` and class labels (integers) at ``"y"``. Images are ``[B, 28, 28]`` or ``[B, 28, 28, 1]``;
-**unsigned bytes are divided by 255 inside the model**, so that a data set may stay four times smaller on the device. Kernels
-begin Glorot-uniform and biases at zero, as in the Keras models of the papers, and the convolutions are those of
-:mod:`jaxfed.models.layers`.
+All take the inputs at ``"x"`` and class labels (integers) at ``"y"``, one for each row, or for each character of a text. Images
+are ``[B, 28, 28]`` or ``[B, 28, 28, 1]``; **unsigned bytes are divided by 255 inside the model**, so that a data set may stay
+four times smaller on the device. Kernels begin Glorot-uniform and biases at zero, as in the Keras models of the papers.
+Convolutions and pooling are those of :mod:`jaxfed.models.layers`, recurrent layers those of
+:mod:`jaxfed.models.rnn`.
 
 Example:
     >>> sample = {"x": jnp.zeros((1, 28, 28), jnp.uint8), "y": jnp.zeros(1, int)}
@@ -25,7 +26,7 @@ from flax import linen as nn
 
 from jaxfed import checks
 from jaxfed.base import Model
-from jaxfed.models import layers
+from jaxfed.models import layers, rnn
 from jaxfed.models.adapters import from_linen
 from jaxfed.models.functions import row_shapes
 
@@ -90,6 +91,22 @@ class MnistCNN(nn.Module):
         for channels in (32, 64):
             x = layers.max_pool(nn.relu(_Conv(channels, (5, 5))(x)), (2, 2), (2, 2))
         return _Dense(self.classes)(nn.relu(_Dense(512)(_flat(x))))
+
+
+class CharLSTM(nn.Module):
+    """Characters embedded in 8 dimensions, two LSTM layers of 256 units, and a dense layer at every position."""
+
+    classes: int = 90
+    embedding: int = 8
+    hidden: tuple[int, ...] = (256, 256)
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits ``[B, T, classes]``."""
+        x = nn.Embed(self.classes, self.embedding)(x)
+        for width in self.hidden:
+            x = rnn.RNN(nn.OptimizedLSTMCell(width, kernel_init=nn.initializers.glorot_uniform()))(x)
+        return _Dense(self.classes)(x)
 
 
 def logistic_regression(sample: Mapping[str, Any], *, classes: int | None = None) -> Model:
@@ -187,11 +204,45 @@ def mnist_cnn(sample: Mapping[str, Any], *, classes: int = 10) -> Model:
     return from_linen(MnistCNN(_num_classes(sample, classes)), sample)
 
 
+def char_lstm(sample: Mapping[str, Any], *, classes: int = 90, embedding: int = 8, hidden: Sequence[int] = (256, 256)) -> Model:
+    """The character LSTM of Reddi et al. for Shakespeare: 820,522 weights for 90 characters.
+
+    Args:
+        sample: Rows of the data at ``"x"`` ``[1 or more, T]``, characters as integers from 0 to classes - 1, and at ``"y"``
+            ``[1 or more, T]``, for each position the character that follows.
+        classes: How many characters.
+        embedding: Dimensions of a character.
+        hidden: The widths of the LSTM layers.
+
+    Raises:
+        ValueError: If characters or labels are not integers from 0 to classes - 1, or not shaped alike, or a width is below 1.
+
+    Example:
+        >>> text = np.array([[1, 2, 3, 1]])
+        >>> model = char_lstm({"x": text[:, :-1], "y": text[:, 1:]}, classes=4, hidden=(16,))
+        >>> params, stats = model.init(jax.random.key(0))
+        >>> model.predict(params, stats, {"x": jnp.zeros((5, 3), int)}).shape
+        (5, 3, 4)
+
+    References:
+        Reddi et al., `Adaptive Federated Optimization <https://arxiv.org/abs/2003.00295>`_, 2021, table 6
+    """
+    widths = tuple(_width("char_lstm: hidden", width) for width in hidden)
+    shapes = row_shapes(sample, "x", "y")
+    if len(shapes["x"].shape) != 1 or shapes["x"].shape != shapes["y"].shape:
+        got = f"got rows of {shapes['x'].shape} and {shapes['y'].shape}"
+        raise ValueError(f'char_lstm: expected texts at "x" and the characters that follow at "y", both [B, T], {got}.')
+    count = _num_classes(sample, classes)
+    _num_classes({"x": sample["x"], "y": sample["x"]}, count)  # characters are held to what labels are held to
+    return from_linen(CharLSTM(count, _width("char_lstm: embedding", embedding), widths), sample)
+
+
 MODELS: dict[str, Callable[..., Model]] = {
     "logistic-regression": logistic_regression,
     "mlp": mlp,
     "emnist-cnn": emnist_cnn,
     "mnist-cnn": mnist_cnn,
+    "char-lstm": char_lstm,
 }
 """The functions ``(sample, **options) -> Model`` by name."""
 

@@ -11,7 +11,7 @@ import jaxfed
 from jaxfed import Optimizer, Simulation
 from jaxfed.engine.round import run_round
 
-TRACES = 4
+TRACES = 5
 """The shapes of a round's report and of a client's outcome cost an abstract pass each, on top of one another."""
 count = 0
 
