@@ -65,7 +65,7 @@ class Placement:
         """A table of kept rows in the order of the clients ``[N, ...]``, whatever the devices; every process takes part."""
         count, machines = self.data.num_clients, self.devices.machines
         if machines == 1:
-            return jax.tree.map(lambda x: x[:count], table)
+            return jax.tree.map(lambda x: x if len(x) == count else x[:count], table)
 
         def one(x: Any) -> np.ndarray:
             if isinstance(x, np.ndarray):
@@ -78,14 +78,17 @@ class Placement:
         return jax.tree.map(one, table)
 
     def by_device(self, table: Any) -> Any:
-        """A table :meth:`by_client` as rounds want it on these devices; one that is so already stays."""
-        length = table_length(self.per_machine, self.devices)
+        """A table :meth:`by_client`, or of one machine with other devices, as rounds want it on these devices.
+
+        One that is so already stays.
+        """
+        length, count = table_length(self.per_machine, self.devices), self.data.num_clients
 
         def one(x: Any) -> Any:
             if len(x) == length:
                 return x
             if self.devices.machines == 1:
-                return jnp.concatenate([x, jnp.zeros((length - len(x), *x.shape[1:]), x.dtype)])
+                return jnp.concatenate([x[:count], jnp.zeros((length - count, *x.shape[1:]), x.dtype)])
             rows = np.zeros((length, *x.shape[1:]), x.dtype)
             rows[self._rows_of_clients(length)] = x
             return rows
