@@ -12,7 +12,7 @@ traces = []
 
 
 def init(key):
-    return softmax_params(), {"mean": jnp.zeros(FEATURES), "version": jnp.array(7)}
+    return softmax_params(), {"mean": jnp.zeros(FEATURES), "version": jnp.int32(7)}
 
 
 def loss_with_statistics(params, stats, batch, key):
