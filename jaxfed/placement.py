@@ -1,6 +1,7 @@
 """Where the clients' rows lie: on the devices as a whole, or on the host, with a page on the devices for each round's cohort."""
 
 import os
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -101,7 +102,12 @@ class Placement:
 
     def page_length(self, cohort_size: int) -> int:
         """The most rows that a cohort can have."""
-        return int(np.sort(self.sizes)[::-1][:cohort_size].sum())
+        return int(self._rows_of_largest[min(cohort_size, len(self._rows_of_largest)) - 1])
+
+    @cached_property
+    def _rows_of_largest(self) -> np.ndarray:
+        """``[N]`` the rows of the largest client, of the two largest, and so on."""
+        return np.cumsum(np.sort(self.sizes)[::-1])
 
     def _population(
         self, arrays: dict[str, jax.Array], starts: np.ndarray, sizes: np.ndarray, ids: np.ndarray, *, paged: bool

@@ -21,7 +21,7 @@ from jaxfed.engine.population import Population, table_length
 from jaxfed.engine.round import RoundInfo, run_round, state_layout
 from jaxfed.lane_choice import best_of, climb
 from jaxfed.models.advice import warn_of_slow_layers
-from jaxfed.paging import Pager, run_paged, sum_by_pages
+from jaxfed.paging import Pager, check_paged, run_paged, sum_by_pages, with_keys
 from jaxfed.placement import Placement
 from jaxfed.reports import Evaluation, History, RoundReport
 from jaxfed.server.selection import Everyone, Uniform
@@ -88,7 +88,7 @@ class Simulation:
         self.lane_seconds: dict[int, float] = {}
         self.chunk = checks.count("chunk", chunk, at_least_one)
         self.devices = choose_devices(devices, self.cohort_size)
-        self._paged = paged
+        self._paged = check_paged(paged)
         self._placement = Placement(data, algorithm, self.devices)
         if data.num_examples == 0:
             raise ValueError("data: expected at least one row, got none.")
@@ -253,13 +253,18 @@ class Simulation:
     def _place(self, data: FederatedData) -> Population:
         return self.population if data is self.data else Placement(data, self.algorithm, self.devices).whole()
 
-    def _pager(self, params: Params, data: FederatedData, size: int = _PAGE) -> Pager | None:
+    def _kept_row(self, params: Params) -> Any:
+        """What one client keeps, as shapes and dtypes."""
+        return jax.eval_shape(self.algorithm.client.init_kept, params, jax.random.key(0))
+
+    def _pager(self, params: Params, data: FederatedData, size: int | None = None) -> Pager | None:
         """What brings pages of ``size`` clients to the devices, if data and kept rows stay on the host."""
-        rows = jax.eval_shape(self.algorithm.client.init_kept, params, jax.random.key(0))
+        rows = self._kept_row(params)
         if self._paged is False or (self._paged is None and self._placement.fits(rows)):
             return None
         placement = self._placement if data is self.data else Placement(data, self.algorithm, self.devices)
-        return Pager(placement, rows, min(size, data.num_clients), self._paged if isinstance(self._paged, str | Path) else None)
+        folder = self._paged if isinstance(self._paged, Path) else None
+        return Pager(placement, rows, min(size or _PAGE, data.num_clients), folder)
 
     def _first_state(self, params: Params, stats: Any, key: jax.Array, count: int) -> RunState:
         pager = self._pager(params, self.data)
@@ -286,7 +291,8 @@ class Simulation:
         if pager is not None:
             kept = pager.copy(state.kept, state.seen)
         else:
-            kept = trees.copy(self._placement.by_device(state.kept))
+            kept = with_keys(self._placement.by_device(state.kept), self._kept_row(state.params))
+            kept = trees.copy(kept)
         return state._replace(kept=kept, seen=trees.copy(state.seen))
 
     def _warn_of_slow_layers(self, state: RunState) -> None:
@@ -307,17 +313,17 @@ class Simulation:
     def _advance(self, state: RunState, rounds: int, lanes: int | None = None) -> tuple[RunState, list[RoundReport]]:
         pager, lanes = self._pager(state.params, self.data, self.cohort_size), lanes or self.lanes(state.params)
 
-        def run(population: Population, state: RunState, rounds: int, chunk: int) -> tuple[RunState, RoundInfo]:
+        def run(selector: Any, population: Population, state: RunState, rounds: int, chunk: int) -> tuple[RunState, RoundInfo]:
             state = self.devices.place(state, state_layout(state, self.devices))
             tables = (state.kept, state.seen)
             rest = state._replace(kept=(), seen=())  # type: ignore[arg-type]
-            parts = (self.algorithm, self.selector, population)
+            parts = (self.algorithm, selector, population)
             return _run_rounds(parts, rest, tables, jnp.asarray(rounds, jnp.int32), chunk=chunk, lanes=lanes)
 
         if pager is None:
-            state, infos = run(self.population, state, rounds, self.chunk)
+            state, infos = run(self.selector, self.population, state, rounds, self.chunk)
             return state, RoundReport.unstack(jax.device_get(infos), rounds)
-        state, pages = run_paged(pager, self.selector, lambda page, state: run(page, state, 1, 1), state, rounds)
+        state, pages = run_paged(pager, self.selector, lambda drawn, page, state: run(drawn, page, state, 1, 1), state, rounds)
         return state, [RoundReport.unstack(info, 1)[0] for info in jax.device_get(pages)]
 
     def _check_rows(self, where: str, data: Any) -> FederatedData:
