@@ -100,7 +100,10 @@ def test_recipes_by_pages(name, devices):
 @pytest.mark.usefixtures("small_pages")
 def test_new_clients_by_pages():
     """Clients that the run has never seen personalize page by page."""
-    algorithm, new = jaxfed.finetuned(softmax_loss, **LOCAL, finetune_steps=2), softmax_data(np.array([2, 3, 0, 5, 1, 4, 4, 2, 6, 1]))
+    algorithm, new = (
+        jaxfed.finetuned(softmax_loss, **LOCAL, finetune_steps=2),
+        softmax_data(np.array([2, 3, 0, 5, 1, 4, 4, 2, 6, 1])),
+    )
     found = []
     for paged in (True, False):
         ours, state = simulate(algorithm, paged=paged)
@@ -158,7 +161,7 @@ def rolls(simulation, state):
 
 
 def test_what_paged_takes(tmp_path):
-    with pytest.raises(FileNotFoundError, match="there is no folder .*absent"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*absent"):
         simulate(SCAFFOLD, paged=tmp_path / "absent")
     with pytest.raises(TypeError, match="paged: expected True, False, None or a folder, got 3"):
         simulate(SCAFFOLD, paged=3)
