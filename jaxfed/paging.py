@@ -150,7 +150,7 @@ def run_paged(pager: Pager, selector: Selector, run: Round, state: RunState, rou
     for number in range(first, first + rounds):
         count = pager.placement.data.num_clients
         ids, cohort = _select(selector, state.selector, key, jnp.asarray(number, jnp.int32), count)
-        ids, cohort = np.asarray(ids), pager.devices.place(cohort, Cohort(*[EVERYWHERE] * 3))
+        ids, cohort = np.asarray(ids), pager.devices.place(cohort, jax.tree.map(lambda _: EVERYWHERE, cohort))
         page, kept = pager.population(ids), pager.kept(table, ids)
         if last is not None:
             kept = _forward(kept, last.kept, _places_in(last.ids, ids, pager))
