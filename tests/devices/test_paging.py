@@ -139,8 +139,9 @@ def unchecked_keys():
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("unchecked_keys")
-@pytest.mark.parametrize("options", [{"paged": True}, pytest.param({"devices": 3}, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("options", [{"paged": True}, {"devices": 3}], ids=["paged", "three devices"])
 def test_keys_among_kept_rows(options):
     """The keys that clients keep go to the host and to other devices, and come back."""
     algorithm = jaxfed.fedavg(softmax_loss, **LOCAL | {"lrate": Optimizer(0.1, modules=[Dice()])})

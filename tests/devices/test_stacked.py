@@ -24,6 +24,7 @@ RULES = {
     "geometric median": GeometricMedian(0.5, 4),
     "centred clipping": CentredClipping(1.5, 3),
 }
+QUICK = ("median", "multi-krum")
 CLIENTS, LANES = 11, 2
 
 
@@ -63,7 +64,7 @@ def test_rows_are_brought_together_in_the_order_of_the_cohort(count):
     assert {shard.data.shape for shard in found[0].delta["c"].addressable_shards} == {(CLIENTS, 7)}
 
 
-@pytest.mark.parametrize("name", RULES)
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RULES])
 @pytest.mark.parametrize("count", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_rules_on_parts_equal_rules_on_the_whole(name, count):
     devices, rule = choose_devices(count, CLIENTS), RULES[name]
