@@ -2,15 +2,18 @@
 
 ==========  ========================================================================================================
 cohort      1 to 1000 clients a round, of 1000 with about 100 rows each
-population  1e3, 1e5 and 1e6 clients with about 10 rows each, 100 a round drawn uniformly; FedAvg and SCAFFOLD
+population  1e3, 1e5 and 1e6 clients with 4 rows each, 100 a round drawn uniformly; FedAvg and SCAFFOLD, data and kept
+            rows on the device or, paged, on the host. All populations of one kind take turns in one process, so that
+            whatever else the machine does slows them alike; a second process each measures memory
 devices     1 and 2, the cohort of 100 dealt over them; on a CPU they are made
 ==========  ========================================================================================================
 
-Every point is a process of its own. Lines go to ``results/NAME.jsonl`` (what is there is not measured again), the figure to
+Every other point is a process of its own. Lines go to ``results/NAME.jsonl`` (what is there is not measured again), the figure to
 ``results/NAME.png``.
 """
 
 import argparse
+import functools
 import json
 import statistics
 import subprocess
@@ -20,25 +23,51 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-DIMENSIONS = ("what", "algorithm", "population", "cohort", "devices")
+DIMENSIONS = ("what", "algorithm", "population", "cohort", "devices", "paged")
+POPULATIONS = (1_000, 100_000, 1_000_000)
 WIDE = {"rows": 100, "features": 60, "batch_size": 20}
-NARROW = {"rows": 10, "features": 16, "batch_size": 5}
+NARROW = {"rows": 4, "features": 10, "batch_size": 2}
 Point = dict[str, Any]
 
 
 def points(what: list[str]) -> list[Point]:
     """All that is measured."""
-    plain = {"algorithm": "fedavg", "population": 1000, "cohort": 100, "devices": None, **WIDE}
+    plain = {"algorithm": "fedavg", "population": 1000, "cohort": 100, "devices": None, "paged": False, **WIDE}
     found = {
         "cohort": [{**plain, "cohort": size} for size in (1, 10, 30, 100, 300, 1000)],
         "population": [
-            {**plain, **NARROW, "algorithm": algorithm, "population": size}
+            {**plain, **NARROW, "algorithm": algorithm, "population": size, "paged": paged}
             for algorithm in ("fedavg", "scaffold")
-            for size in (1_000, 100_000, 1_000_000)
+            for paged in (False, True)
+            for size in POPULATIONS
         ],
         "devices": [{**plain, "devices": count} for count in (1, 2)],
     }
     return [{"what": name, **point} for name in what for point in found[name]]
+
+
+def take_turns(point: Point, rounds: int) -> list[float]:
+    """The median seconds of a round, ten in a call, for each of the populations, a call of each in turn."""
+    import jax
+
+    runs = []
+    for population in POPULATIONS:
+        simulation, params = _simulation(point | {"population": population})
+        state = simulation.init(params, key=jax.random.key(0))
+        # The first call compiles, and sends the data to the device.
+        runs.append(simulation.chunks(state, rounds=10 * (5 * rounds + 1), chunk=10))
+        next(runs[-1])
+    times = [[_seconds_of(run) / 10 for run in runs] for _ in range(5 * rounds)]
+    return [round(statistics.median(column), 6) for column in zip(*times)]
+
+
+def _seconds_of(run: Any) -> float:
+    import jax
+
+    began = time.perf_counter()
+    state, _ = next(run)
+    jax.block_until_ready(state)
+    return time.perf_counter() - began
 
 
 def measure(point: Point, rounds: int) -> Point:
@@ -76,14 +105,15 @@ def measure(point: Point, rounds: int) -> Point:
 
 
 def _simulation(point: Point) -> tuple[Any, Any]:
-    """Logistic regression on ragged clients: ``rows / 2`` to ``3 rows / 2`` rows each."""
+    """Logistic regression on ragged clients: ``rows / 2`` to ``3 rows / 2`` rows each, alike where populations are compared."""
     import numpy as np
     from peers.jaxfed_rounds import accepted, make_loss
 
     import jaxfed
 
     rng, half = np.random.default_rng(0), point["rows"] // 2
-    sizes = rng.integers(half, 3 * half + 1, point["population"])
+    ragged = point["what"] != "population"
+    sizes = rng.integers(half, 3 * half + 1, point["population"]) if ragged else np.full(point["population"], point["rows"])
     offsets = np.concatenate([[0], np.cumsum(sizes)])
     x = rng.standard_normal((offsets[-1], point["features"]), dtype=np.float32)
     y = rng.integers(0, 10, offsets[-1]).astype(np.int32)
@@ -91,12 +121,28 @@ def _simulation(point: Point) -> tuple[Any, Any]:
     recipe = {"fedavg": jaxfed.fedavg, "scaffold": jaxfed.scaffold}[point["algorithm"]]
     algorithm = recipe(make_loss("W1"), lrate=0.01, batch_size=point["batch_size"])
     params = {"w": np.zeros((point["features"], 10), np.float32), "b": np.zeros(10, np.float32)}
-    return jaxfed.Simulation(algorithm, data, point["cohort"], **accepted({"devices": point["devices"]})), params
+    options = accepted({"devices": point["devices"], "paged": point["paged"]})
+    return jaxfed.Simulation(algorithm, data, point["cohort"], **options), params
 
 
 def run_point(point: Point, rounds: int) -> Point:
     """Measures in a new process; a line with ``error`` where that fails."""
-    command = [sys.executable, __file__, "--rounds", str(rounds), "--point", json.dumps(point)]
+    line = _in_process(point, rounds)
+    if point["what"] != "population" or "error" in line:
+        return line
+    kind = json.dumps({key: value for key, value in point.items() if key != "population"}, sort_keys=True)
+    found = _in_turn(kind, rounds)
+    return found if "error" in found else line | {"in_turn_s": found["seconds"][POPULATIONS.index(point["population"])]}
+
+
+@functools.cache
+def _in_turn(kind: str, rounds: int) -> Any:
+    found = _in_process(json.loads(kind), rounds, "--turns")
+    return found if isinstance(found, dict) else {"seconds": found}
+
+
+def _in_process(point: Point, rounds: int, *options: str) -> Any:
+    command = [sys.executable, __file__, "--rounds", str(rounds), "--point", json.dumps(point), *options]
     process = subprocess.run(command, cwd=HERE, capture_output=True, text=True)
     if process.returncode:
         return point | {"error": process.stderr.strip().splitlines()[-1]}
@@ -111,7 +157,7 @@ def draw(lines: list[Point], path: Path) -> None:
     panels = (
         ("cohort", "cohort", "clients_per_s", "Clients a second, by cohort"),
         ("devices", "devices", "clients_per_s", "Clients a second, by devices"),
-        ("population", "population", "round_s", "Seconds a round, by population"),
+        ("population", "population", "in_turn_s", "Seconds a round, by population"),
         ("population", "population", "rss_mb", "Peak memory (MB), by population"),
     )
     with mpl.rc_context({"axes.spines.top": False, "axes.spines.right": False, "font.size": 9}):
@@ -126,13 +172,19 @@ def draw(lines: list[Point], path: Path) -> None:
 
 
 def _panel(axes: Any, lines: list[Point], across: str, up: str) -> None:
-    for algorithm, color in (("fedavg", "#0072b2"), ("scaffold", "#d55e00")):
-        own = [line for line in lines if line["algorithm"] == algorithm]
+    kinds = [
+        ("fedavg", False, "#0072b2"),
+        ("scaffold", False, "#d55e00"),
+        ("fedavg", True, "#56b4e9"),
+        ("scaffold", True, "#e69f00"),
+    ]
+    for algorithm, paged, color in kinds:
+        own = [line for line in lines if (line["algorithm"], line["paged"]) == (algorithm, paged)]
         if not own:
             continue
         places = sorted({line[across] for line in own})
         medians = [statistics.median(line[up] for line in own if line[across] == place) for place in places]
-        axes.plot(places, medians, color=color, label=algorithm)
+        axes.plot(places, medians, color=color, label=algorithm + ", paged" * paged)
         axes.plot([line[across] for line in own], [line[up] for line in own], ".", color=color)
     if across != "devices":
         axes.set_xscale("log")
@@ -147,18 +199,23 @@ def main() -> None:
     """Measures what is not in the file yet, and draws."""
     options = _options()
     if options.point:
-        print(json.dumps(measure(json.loads(options.point), options.rounds)))
+        work = take_turns if options.turns else measure
+        print(json.dumps(work(json.loads(options.point), options.rounds)))
         return
     path = HERE / "results" / f"{options.name}.jsonl"
     path.parent.mkdir(exist_ok=True)
     found = _read(path)
     for repeat in range(options.repeats):
+        _in_turn.cache_clear()
         for point in points(options.what.split(",")):
             known = {tuple(line[key] for key in (*DIMENSIONS, "repeat")) for line in found}
             if (*(point[key] for key in DIMENSIONS), repeat) in known:
                 continue
             line = {"repeat": repeat, **run_point(point, options.rounds)}
-            print(json.dumps({key: line[key] for key in (*DIMENSIONS, "round_s", "rss_mb", "error") if key in line}), flush=True)
+            print(
+                json.dumps({key: line[key] for key in (*DIMENSIONS, "round_s", "in_turn_s", "rss_mb", "error") if key in line}),
+                flush=True,
+            )
             if "error" not in line:
                 found.append(line)
                 with path.open("a") as file:
@@ -184,6 +241,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=10, help="timed calls of each length in a process")
     parser.add_argument("--name", default="scaling")
     parser.add_argument("--point", help=argparse.SUPPRESS)
+    parser.add_argument("--turns", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 

@@ -3,6 +3,7 @@
 While a cohort trains, the host reads the next one's page; a client that takes part in both gets its kept row from the devices.
 """
 
+import dataclasses
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxfed import checks
 from jaxfed.base import Cohort, RunState, Selector
 from jaxfed.engine.cohort import Tables
 from jaxfed.engine.mesh import BY_DEVICE, EVERYWHERE, Devices
@@ -20,8 +22,46 @@ from jaxfed.engine.population import Population, table_length
 from jaxfed.engine.round import SELECTION
 from jaxfed.placement import Placement
 
-Round = Callable[[Population, RunState], tuple[RunState, Any]]
-"""``(page, state whose kept rows are the page's) -> (state, info)``, not waited for; the page's rows may be donated."""
+# Clients whose kept rows are copied at a time.
+_BLOCK = 1024
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """A selector whose next cohort is known: the one whose page is there."""
+
+    selector: Selector
+    cohort: Cohort
+
+    def select(self, state: Any, key: jax.Array, round: jax.Array, population: int) -> Cohort:
+        """The cohort."""
+        del state, key, round, population
+        return self.cohort
+
+    def observe(self, state: Any, cohort: Cohort, metrics: dict[str, jax.Array]) -> Any:
+        """What ``selector`` learns."""
+        return self.selector.observe(state, cohort, metrics)
+
+
+Round = Callable[[Drawn, Population, RunState], tuple[RunState, Any]]
+"""``(selector, page, state whose kept rows are the page's) -> (state, info)``, not waited for; the page's rows may be donated."""
+
+
+def check_paged(paged: Any) -> bool | Path | None:
+    """Whether pages are wanted, or the folder for what clients keep.
+
+    Raises:
+        TypeError: For anything else.
+        FileNotFoundError: If there is no such folder.
+    """
+    if paged is None or isinstance(paged, bool):
+        return paged
+    if not isinstance(paged, str | Path):
+        raise TypeError(f"paged: expected True, False, None or a folder, got {checks.describe(paged)}.")
+    if not Path(paged).is_dir():
+        raise FileNotFoundError(f"paged: there is no folder {str(paged)!r}. Make it, or give True to keep rows in memory.")
+    return Path(paged)
 
 
 class Pager:
@@ -34,7 +74,7 @@ class Pager:
         folder: Where tables of kept rows lie, in memory-mapped files that vanish with the process; None keeps them in memory.
     """
 
-    def __init__(self, placement: Placement, rows: Any, size: int, folder: str | Path | None = None):
+    def __init__(self, placement: Placement, rows: Any, size: int, folder: Path | None = None):
         self.placement, self.rows, self.size, self.folder = placement, rows, size, folder
         self.length = placement.page_length(size)
 
@@ -59,7 +99,9 @@ class Pager:
     def copy(self, table: Any, seen: jax.Array) -> Any:
         """A table of its own with the rows of the clients that have taken part: the others hold nothing yet."""
         ids, copy = np.flatnonzero(seen), self.table(len(seen))
-        _write(copy, ids, jax.tree.map(lambda x: x[ids], table))
+        for first in range(0, len(ids), _BLOCK):
+            some = ids[first : first + _BLOCK]
+            _write(copy, some, jax.tree.map(lambda x: _data(x[some]), table))  # noqa: B023  (called at once)
         return copy
 
     def population(self, ids: np.ndarray) -> Population:
@@ -111,11 +153,13 @@ def run_paged(pager: Pager, selector: Selector, run: Round, state: RunState, rou
     table, infos, last = state.kept, [], None
     first, key = int(state.round), state.key
     for number in range(first, first + rounds):
-        ids = np.asarray(_select(selector, state.selector, key, jnp.asarray(number, jnp.int32), pager.placement.data.num_clients))
+        count = pager.placement.data.num_clients
+        ids, cohort = _select(selector, state.selector, key, jnp.asarray(number, jnp.int32), count)
+        ids, cohort = np.asarray(ids), pager.devices.place(cohort, jax.tree.map(lambda _: EVERYWHERE, cohort))
         page, kept = pager.population(ids), pager.kept(table, ids)
         if last is not None:
             kept = _forward(kept, last.kept, _places_in(last.ids, ids, pager))
-        state, info = run(page, state._replace(kept=kept))
+        state, info = run(Drawn(selector, cohort), page, state._replace(kept=kept))
         if last is not None:
             pager.write(table, *last)
         last = _Visited(ids, info.counts, state.kept)
@@ -132,11 +176,11 @@ def sum_by_pages(sum_page: Callable[[np.ndarray], dict[str, Any]], size: int, co
 
 
 @partial(jax.jit, static_argnames=("population",))
-def _select(selector: Selector, state: Any, key: jax.Array, round: jax.Array, population: int) -> jax.Array:
-    """The numbers of a round's cohort, as the round itself will draw them; N where nobody is valid."""
+def _select(selector: Selector, state: Any, key: jax.Array, round: jax.Array, population: int) -> tuple[jax.Array, Cohort]:
+    """A round's cohort, as the round itself would draw it, and its numbers; N where nobody is valid."""
     key = jax.random.fold_in(jax.random.fold_in(key, round), SELECTION)
     cohort: Cohort = selector.select(state, key, round, population)
-    return jnp.where(cohort.valid, cohort.ids, population)
+    return jnp.where(cohort.valid, cohort.ids, population), cohort
 
 
 @jax.jit
@@ -161,6 +205,11 @@ def _places_in(last: np.ndarray, ids: np.ndarray, pager: Pager) -> jax.Array:
     return pager.devices.place(np.concatenate(blocks), EVERYWHERE)
 
 
+def with_keys(table: Any, rows: Any) -> Any:
+    """A table for the devices, where keys are keys; on the host they are numbers."""
+    return jax.tree.map(lambda x, row: x if x.dtype == row.dtype else _undata(jnp.asarray(x), row), table, rows)
+
+
 def _write(table: Any, ids: np.ndarray, rows: Any) -> None:
     for array, new in zip(jax.tree.leaves(table), jax.tree.leaves(rows), strict=True):
         array[ids] = new
@@ -173,4 +222,5 @@ def _data(x: Any) -> Any:
 def _undata(x: jax.Array, like: jax.ShapeDtypeStruct) -> jax.Array:
     if not jnp.issubdtype(like.dtype, jax.dtypes.prng_key):
         return x
-    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(like))  # type: ignore[arg-type]
+    # A shape tells no generator; an array does.
+    return jax.random.wrap_key_data(x, impl=jax.random.key_impl(jnp.zeros((), like.dtype)))

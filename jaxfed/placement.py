@@ -1,6 +1,7 @@
 """Where the clients' rows lie: on the devices as a whole, or on the host, with a page on the devices for each round's cohort."""
 
 import os
+from functools import cached_property
 from typing import Any
 
 import jax
@@ -65,7 +66,7 @@ class Placement:
         """A table of kept rows in the order of the clients ``[N, ...]``, whatever the devices; every process takes part."""
         count, machines = self.data.num_clients, self.devices.machines
         if machines == 1:
-            return jax.tree.map(lambda x: x[:count], table)
+            return jax.tree.map(lambda x: x if len(x) == count else x[:count], table)
 
         def one(x: Any) -> np.ndarray:
             if isinstance(x, np.ndarray):
@@ -78,14 +79,17 @@ class Placement:
         return jax.tree.map(one, table)
 
     def by_device(self, table: Any) -> Any:
-        """A table :meth:`by_client` as rounds want it on these devices; one that is so already stays."""
-        length = table_length(self.per_machine, self.devices)
+        """A table :meth:`by_client`, or of one machine with other devices, as rounds want it on these devices.
+
+        One that is so already stays.
+        """
+        length, count = table_length(self.per_machine, self.devices), self.data.num_clients
 
         def one(x: Any) -> Any:
             if len(x) == length:
                 return x
             if self.devices.machines == 1:
-                return jnp.concatenate([x, jnp.zeros((length - len(x), *x.shape[1:]), x.dtype)])
+                return jnp.concatenate([x[:count], jnp.zeros((length - count, *x.shape[1:]), x.dtype)])
             rows = np.zeros((length, *x.shape[1:]), x.dtype)
             rows[self._rows_of_clients(length)] = x
             return rows
@@ -98,7 +102,12 @@ class Placement:
 
     def page_length(self, cohort_size: int) -> int:
         """The most rows that a cohort can have."""
-        return int(np.sort(self.sizes)[::-1][:cohort_size].sum())
+        return int(self._rows_of_largest[min(cohort_size, len(self._rows_of_largest)) - 1])
+
+    @cached_property
+    def _rows_of_largest(self) -> np.ndarray:
+        """``[N]`` the rows of the largest client, of the two largest, and so on."""
+        return np.cumsum(np.sort(self.sizes)[::-1])
 
     def _population(
         self, arrays: dict[str, jax.Array], starts: np.ndarray, sizes: np.ndarray, ids: np.ndarray, *, paged: bool

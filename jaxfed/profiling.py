@@ -17,8 +17,9 @@ from jaxfed.costs import Collective, Cost, Peak, collectives, measure_peak, proc
 from jaxfed.data.federated import FederatedData
 from jaxfed.engine.population import Population
 from jaxfed.engine.round import SELECTION
+from jaxfed.engine.rounds import rounds_program
 from jaxfed.reports import RoundReport
-from jaxfed.simulation import Simulation, _run_rounds
+from jaxfed.simulation import Simulation
 from jaxfed.step_costs import server_steps, step_costs
 
 # A server's step is short: so many of them are timed together.
@@ -218,7 +219,7 @@ class _Timed:
     def _compile(self) -> tuple[dict[str, float], Any]:
         arguments, options = self.whole._arguments(self.population, self.on_device, 1, self.chunk)
         clock, found = time.perf_counter, [time.perf_counter()]
-        traced = _run_rounds.trace(*arguments, **options)
+        traced = rounds_program(self.first.params).trace(*arguments, **options)
         found.append(clock())
         lowered = traced.lower()
         found.append(clock())
@@ -231,7 +232,7 @@ class _Timed:
         state, left = self.on_device, rounds
         while True:
             arguments, options = simulation._arguments(self.population, state, min(left, self.chunk), self.chunk)
-            state, infos = _run_rounds(*arguments, **options)
+            state, infos = rounds_program(self.first.params)(*arguments, **options)
             left -= self.chunk
             if left <= 0:
                 break

@@ -18,10 +18,11 @@ from jaxfed.engine.evaluation import sum_metrics, sum_personal_metrics
 from jaxfed.engine.lanes import default_lanes
 from jaxfed.engine.mesh import Devices, choose_devices
 from jaxfed.engine.population import Population, table_length
-from jaxfed.engine.round import RoundInfo, run_round, state_layout
+from jaxfed.engine.round import RoundInfo, state_layout
+from jaxfed.engine.rounds import rounds_program
 from jaxfed.lane_choice import best_of, climb
 from jaxfed.models.advice import warn_of_slow_layers
-from jaxfed.paging import Pager, run_paged, sum_by_pages
+from jaxfed.paging import Pager, check_paged, run_paged, sum_by_pages, with_keys
 from jaxfed.placement import Placement
 from jaxfed.reports import Evaluation, History, RoundReport
 from jaxfed.server.selection import Everyone, Uniform
@@ -88,7 +89,7 @@ class Simulation:
         self.lane_seconds: dict[int, float] = {}
         self.chunk = checks.count("chunk", chunk, at_least_one)
         self.devices = choose_devices(devices, self.cohort_size)
-        self._paged = paged
+        self._paged = check_paged(paged)
         self._placement = Placement(data, algorithm, self.devices)
         if data.num_examples == 0:
             raise ValueError("data: expected at least one row, got none.")
@@ -254,13 +255,18 @@ class Simulation:
     def _place(self, data: FederatedData) -> Population:
         return self.population if data is self.data else Placement(data, self.algorithm, self.devices).whole()
 
-    def _pager(self, params: Params, data: FederatedData, size: int = _PAGE) -> Pager | None:
+    def _kept_row(self, params: Params) -> Any:
+        """What one client keeps, as shapes and dtypes."""
+        return jax.eval_shape(self.algorithm.client.init_kept, params, jax.random.key(0))
+
+    def _pager(self, params: Params, data: FederatedData, size: int | None = None) -> Pager | None:
         """What brings pages of ``size`` clients to the devices, if data and kept rows stay on the host."""
-        rows = jax.eval_shape(self.algorithm.client.init_kept, params, jax.random.key(0))
+        rows = self._kept_row(params)
         if self._paged is False or (self._paged is None and self._placement.fits(rows)):
             return None
         placement = self._placement if data is self.data else Placement(data, self.algorithm, self.devices)
-        return Pager(placement, rows, min(size, data.num_clients), self._paged if isinstance(self._paged, str | Path) else None)
+        folder = self._paged if isinstance(self._paged, Path) else None
+        return Pager(placement, rows, min(size or _PAGE, data.num_clients), folder)
 
     def _first_state(self, params: Params, stats: Any, key: jax.Array, count: int) -> RunState:
         pager = self._pager(params, self.data)
@@ -287,7 +293,8 @@ class Simulation:
         if pager is not None:
             kept = pager.copy(state.kept, state.seen)
         else:
-            kept = trees.copy(self._placement.by_device(state.kept))
+            kept = with_keys(self._placement.by_device(state.kept), self._kept_row(state.params))
+            kept = trees.copy(kept)
         return state._replace(kept=kept, seen=trees.copy(state.seen))
 
     def _tune_if_worth(self, state: RunState, first_seconds: float, rounds: int) -> None:
@@ -305,19 +312,20 @@ class Simulation:
         else:
             population, state, chunk = *pager.example(state), 1
         arguments, options = self._arguments(population, state, 1, chunk)
-        _run_rounds.eval_shape(*arguments, **options)
+        rounds_program(state.params).eval_shape(*arguments, **options)
 
     def _advance(self, state: RunState, rounds: int, lanes: int | None = None) -> tuple[RunState, list[RoundReport]]:
-        pager = self._pager(state.params, self.data, self.cohort_size)
+        pager, program = self._pager(state.params, self.data, self.cohort_size), rounds_program(state.params)
 
-        def run(population: Population, state: RunState, rounds: int, chunk: int) -> tuple[RunState, RoundInfo]:
-            arguments, options = self._arguments(population, state, rounds, chunk)
-            return _run_rounds(*arguments, **options | ({} if lanes is None else {"lanes": lanes}))
+        def run(selector: Any, population: Population, state: RunState, rounds: int, chunk: int) -> tuple[RunState, RoundInfo]:
+            (parts, *rest), options = self._arguments(population, state, rounds, chunk)
+            parts = (parts[0], selector, parts[2])
+            return program(parts, *rest, **options | ({} if lanes is None else {"lanes": lanes}))
 
         if pager is None:
-            state, infos = run(self.population, state, rounds, self.chunk)
+            state, infos = run(self.selector, self.population, state, rounds, self.chunk)
             return state, RoundReport.unstack(jax.device_get(infos), rounds)
-        state, pages = run_paged(pager, self.selector, lambda page, state: run(page, state, 1, 1), state, rounds)
+        state, pages = run_paged(pager, self.selector, lambda drawn, page, state: run(drawn, page, state, 1, 1), state, rounds)
         return state, [RoundReport.unstack(info, 1)[0] for info in jax.device_get(pages)]
 
     def _arguments(self, population: Population, state: RunState, rounds: int, chunk: int) -> tuple[tuple, dict[str, int]]:
@@ -337,23 +345,6 @@ class Simulation:
         if state.seen.shape != (self.data.num_clients,):
             raise ValueError(f"state: expected one of {self.data.num_clients} clients, got one of {state.seen.shape[0]}.")
         return state
-
-
-@partial(jax.jit, static_argnames=("chunk", "lanes"), donate_argnames=("tables",))
-def _run_rounds(
-    parts: tuple[Algorithm, Selector, Population], state: RunState, tables: tuple, rounds: jax.Array, *, chunk: int, lanes: int
-) -> tuple[RunState, RoundInfo]:
-    """Up to ``chunk`` rounds in one program; how many is data. Infos have a leading ``[chunk]``."""
-    state = state._replace(kept=tables[0], seen=tables[1])
-    example = jax.eval_shape(lambda s: run_round(*parts, s, lanes)[1], state)
-    infos = jax.tree.map(lambda x: jnp.zeros((chunk, *x.shape), x.dtype), example)
-
-    def body(number: jax.Array, carry: tuple[RunState, RoundInfo]) -> tuple[RunState, RoundInfo]:
-        state, infos = carry
-        state, info = run_round(*parts, state, lanes)
-        return state, jax.tree.map(lambda b, x: b.at[number].set(x), infos, info)
-
-    return jax.lax.fori_loop(0, rounds, body, (state, infos))
 
 
 @jax.jit

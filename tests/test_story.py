@@ -18,17 +18,16 @@ STORY = """
     personal.wrapper personal.partial personal.ditto personal.pfedme personal.fedem personal.apfl personal.finetune
     server.aggregators server.normalized server.fair server.robust server.geometric server.selection attacks
     engine.algorithm engine.mesh engine.population engine.sums engine.lanes engine.cohort engine.survey engine.round
-    engine.evaluation
+    engine.rounds engine.evaluation
     algorithms algorithms_corrected algorithms_personal
-    data.federated data.partition data.datasets data
+    files data.stored data.federated data.partition data.datasets data
     models.layers models.recurrent models.advice models.losses models.functions models.adapters models.rnn models.reference models
     reports placement paging lane_choice simulation differentiable hyperparameters side_by_side sweep
     bottleneck costs step_costs profiling testing
-    run.files run.environment run.machines run.section run.config run.journal run.tables run.checkpoint run.history
-    run.export run.plots run.sweep_plots run.listing run.show run.build run.folder run.training run.sweeping run
-    run.commands run.cli
+    run.environment run.machines run.section run.config run.journal run.tables run.checkpoint run.history run.export run.plots
+    run.sweep_plots run.listing run.show run.build run.folder run.training run.sweeping run run.commands run.cli
 """.split()
-HOST = STORY[STORY.index("data.federated") :]
+HOST = STORY[STORY.index("files") :]
 
 
 def module_path(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Data sets by name: small ones that need no download, and any ``.npz`` file."""
+"""Data sets by name: small ones that need no download, any ``.npz`` file, and folders of files that are mapped."""
 
 import zipfile
 import zlib
@@ -112,7 +112,20 @@ def npz_arrays(path: str | Path, *, keys: Keys = None) -> dict[str, np.ndarray]:
         return {key: _read(path, archive, name) for key, name in _names(archive, keys).items()}
 
 
-FEDERATIONS: dict[str, Callable[..., FederatedData]] = {"synthetic": synthetic, "npz": npz}
+def stored(path: str | Path) -> FederatedData:
+    """A federation from a folder that :meth:`FederatedData.save` wrote, mapped into memory: it may be larger than that.
+
+    Args:
+        path: The folder.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: For a folder that is no federation, and for a file that is missing, cut short or altered.
+    """
+    return FederatedData.open(path)
+
+
+FEDERATIONS: dict[str, Callable[..., FederatedData]] = {"synthetic": synthetic, "npz": npz, "stored": stored}
 """Data sets that bring their clients."""
 
 ARRAYS: dict[str, Callable[..., dict[str, np.ndarray]]] = {"digits": digits, "npz": npz_arrays}

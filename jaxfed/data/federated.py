@@ -4,11 +4,13 @@ Nothing is padded here. Row ``offsets[i] + j`` of every array is row ``j`` of cl
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxfed import checks
+from jaxfed.data import stored
 
 RESERVED = "mask"
 
@@ -55,6 +57,30 @@ class FederatedData:
         order = np.argsort(index, kind="stable")  # indexing copies: later changes to the caller's arrays stay outside
         offsets = _offsets(np.bincount(index, minlength=len(names)))
         return cls({key: array[order] for key, array in checked.items()}, offsets, names)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes a folder that :meth:`open` opens; one that is whole or absent, whatever happens meanwhile.
+
+        Raises:
+            FileExistsError: If there is something at ``folder`` already.
+        """
+        stored.write(Path(folder), self._arrays, self._offsets, self._client_names)
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "FederatedData":
+        """The data in a folder that :meth:`save` wrote. Arrays are mapped into memory: rows are read when they are needed.
+
+        Raises:
+            FileNotFoundError: If there is no such folder.
+            ValueError: For a folder that is no federation, and for a file that is missing, cut short or altered.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     FederatedData.from_arrays({"y": [5, 6, 7]}, ["b", "a", "b"]).save(f"{parent}/letters")
+        ...     FederatedData.open(f"{parent}/letters").client(1)["y"].tolist()
+        [5, 7]
+        """
+        return cls(*stored.read(Path(folder)))
 
     @property
     def arrays(self) -> dict[str, np.ndarray]:

@@ -127,7 +127,8 @@ def _layouts(populations: tuple[Population, ...], kept: Any, client: Client, eve
 def deal(steps: jax.Array, count: jax.Array, devices: int, lanes: int) -> tuple[jax.Array, jax.Array]:
     """Who comes when: the clients by falling steps, a group of ``lanes`` to each device, in turn and back again.
 
-    No device has more steps, counted by groups, than the others' mean and the longest client together.
+    A group takes as many steps as its longest client. No device then has more steps than another one and the longest client
+    together: what a device gets in one wave, every other one got at least in the wave before.
 
     Args:
         steps: ``[C]``; the ``count`` largest are dealt.

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from jaxfed.base import Params
 
+_SMALL = 20_000
+
 
 class Outcome(NamedTuple):
     """What one client gives.
@@ -78,10 +80,18 @@ def default_lanes(params: Params, cohort_size: int) -> int:
 
     On two CPU cores logistic regression is fastest with 10, a CNN and an LSTM with 1; an accelerator takes up to 64.
     """
-    weights = sum(x.size for x in jax.tree.leaves(params))
     if jax.default_backend() != "cpu":
         return min(cohort_size, 64)
-    return min(cohort_size, 10) if weights < 20_000 else 1
+    return min(cohort_size, 10) if is_small(params) else 1
+
+
+def is_small(params: Params) -> bool:
+    """Whether a model's operations are so short that starting them is what takes time: below 20,000 weights.
+
+    >>> is_small({"w": jnp.zeros((784, 10))}), is_small({"w": jnp.zeros((784, 64))})
+    (True, False)
+    """
+    return sum(x.size for x in jax.tree.leaves(params)) < _SMALL
 
 
 def _side_by_side(visit: Visit, lane: Lane, table: Any) -> Outcome:

@@ -146,7 +146,7 @@ class Devices:
     def place(self, tree: Any, specs: Any) -> Any:
         """Puts arrays where they belong; what lies there already stays. Every process gives the same values."""
         if self.mesh is None:
-            return jax.tree.map(jnp.asarray, tree)
+            return jax.tree.map(_gathered, tree)
         return jax.tree.map(lambda x, spec: _like_data(lambda data: _put(data, self.sharding(spec)), x), tree, specs)
 
     def place_blocks(self, block: Callable[[int], Any], length: int, spec: PartitionSpec = BY_MACHINE) -> jax.Array:
@@ -260,6 +260,12 @@ def split_axis(shape: tuple[int, ...], parts: int) -> int | None:
 def _split_spec(shape: tuple[int, ...], parts: int, leading: int) -> PartitionSpec:
     axis = split_axis(shape, parts)
     return EVERYWHERE if axis is None else PartitionSpec(*[None] * (axis + leading), AXES)
+
+
+def _gathered(x: Any) -> jax.Array:
+    # Left where it is, one array on several devices would make the whole program run on all of them.
+    several = isinstance(x, jax.Array) and len(x.sharding.device_set) > 1
+    return _like_data(lambda data: jnp.asarray(jax.device_get(data)), x) if several else jnp.asarray(x)
 
 
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:

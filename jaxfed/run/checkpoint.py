@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfed import checks
+from jaxfed import checks, files
 from jaxfed.base import RunState
-from jaxfed.run import files, journal, tables
+from jaxfed.run import journal, tables
 from jaxfed.run.environment import versions
 from jaxfed.run.journal import Position
 

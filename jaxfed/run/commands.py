@@ -13,8 +13,9 @@ import jax
 import tyro
 from rich.console import Console
 
+from jaxfed import files
 from jaxfed.profiling import profile_rounds
-from jaxfed.run import build, files, listing, show
+from jaxfed.run import build, listing, show
 from jaxfed.run.config import RunConfig
 from jaxfed.run.environment import make_devices, use_compilation_cache
 from jaxfed.run.export import export_weights

@@ -6,9 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxfed import checks
+from jaxfed import checks, files
 from jaxfed.base import RunState
-from jaxfed.run import files
 from jaxfed.run.environment import extra
 
 FORMATS = (".safetensors", ".msgpack")

@@ -17,7 +17,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
-from jaxfed.run import files
+from jaxfed import files
 from jaxfed.run.config import RunConfig
 from jaxfed.run.environment import environment
 

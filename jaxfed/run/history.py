@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxfed import files
 from jaxfed.reports import RoundReport
-from jaxfed.run import files
 
 DECILES = tuple(range(10, 100, 10))
 Row = dict[str, Any]

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, NamedTuple, Self
 
 import numpy as np
 
-from jaxfed.run import files
+from jaxfed import files
 
 _HEAD = struct.Struct("<4sQQQ")
 _DIGEST_BYTES = 32

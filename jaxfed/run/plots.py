@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxfed.run import files
+from jaxfed import files
 from jaxfed.run.environment import extra
 from jaxfed.run.history import Row, column, read_history
 

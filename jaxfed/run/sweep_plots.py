@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxfed import files
 from jaxfed.hyperparameters import SEED, Setting
-from jaxfed.run import files
 from jaxfed.run.environment import extra
 from jaxfed.run.history import Row, column
 from jaxfed.run.plots import COLORS, SETTINGS, finish_panel, panels_of

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple, Self
 
 import jax
 
+from jaxfed import files
 from jaxfed.hyperparameters import Setting, settings_of
-from jaxfed.run import build, files
+from jaxfed.run import build
 from jaxfed.run.config import RunConfig
 from jaxfed.run.environment import environment
 from jaxfed.run.folder import config_digest

@@ -14,9 +14,10 @@ from typing import Any, Self
 import jax
 import numpy as np
 
+from jaxfed import files
 from jaxfed.base import RunState
 from jaxfed.reports import Evaluation
-from jaxfed.run import build, files, machines
+from jaxfed.run import build, machines
 from jaxfed.run.checkpoint import Changed, Checkpoint, newest, save_run
 from jaxfed.run.config import RunConfig
 from jaxfed.run.environment import differences, environment

@@ -252,4 +252,4 @@ def test_bad_requests_are_refused(name, options, error, text):
 
 
 def test_the_table_of_names():
-    assert set(DATASETS) == {"digits", "synthetic", "npz"}
+    assert set(DATASETS) == {"digits", "synthetic", "npz", "stored"}

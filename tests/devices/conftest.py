@@ -3,6 +3,8 @@
 import jax
 import pytest
 
+from jaxfed.engine import mesh
+
 
 @pytest.fixture(autouse=True)
 def _compile_fast():
@@ -10,3 +12,9 @@ def _compile_fast():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(autouse=True)
+def _split_small_leaves(monkeypatch):
+    """The weights of these models travel in parts wherever they divide, as large ones do."""
+    monkeypatch.setattr(mesh, "_SMALLEST_SPLIT", 4)

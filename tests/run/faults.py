@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from jaxfed.run import checkpoint, files, journal
+from jaxfed import files
+from jaxfed.run import checkpoint, journal
 
 
 class Crash(BaseException):

@@ -11,8 +11,9 @@ import numpy as np
 import optax
 import pytest
 
+from jaxfed import files
 from jaxfed.base import RunState
-from jaxfed.run import checkpoint, files
+from jaxfed.run import checkpoint
 from jaxfed.run.checkpoint import checkpoints, load_run, newest, save_run
 
 

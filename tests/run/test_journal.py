@@ -14,8 +14,9 @@ from faults import Crash, Disk, mounted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from jaxfed import files
 from jaxfed.base import RunState
-from jaxfed.run import checkpoint, files, journal, tables
+from jaxfed.run import checkpoint, journal, tables
 from jaxfed.run.checkpoint import Changed, checkpoints, load_run, newest, save_run
 from jaxfed.run.journal import Position, Rows
 

@@ -24,7 +24,8 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 
 KILLER = """
 import os, signal, sys
-from jaxfed.run import checkpoint, cli, files, history, journal, training
+from jaxfed import files
+from jaxfed.run import checkpoint, cli, history, journal, training
 
 moment, checkpoint.JOURNAL_BYTES = sys.argv[1], int(sys.argv[2])
 

@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from jaxfed.run import files
+from jaxfed import files
 
 
 def fail(*_, **__):
