@@ -7,8 +7,9 @@ import pytest
 
 from jaxfed.engine import mesh
 
-# Some tests run one program over several devices; the others see one.
+# Some tests ask for several devices; the others, and the doctests of the package, see one.
 jax.config.update("jax_num_cpu_devices", 8)
+mesh.default_devices = lambda: jax.devices()[:1]
 
 
 @pytest.fixture(autouse=True)
@@ -16,12 +17,6 @@ def strict():
     """For the tests only: users' code, as in the README, may broadcast as NumPy does."""
     with jax.numpy_rank_promotion("raise"), jax.debug_key_reuse(True):
         yield
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Eight devices are for the tests that ask for them."""
-    monkeypatch.setattr(mesh, "default_devices", lambda: jax.devices()[:1])
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -133,10 +133,19 @@ class Devices:
     # Around it.
 
     def run(self, function: Any, args: tuple, in_specs: Any, out_specs: Any) -> Any:
-        """The function as the program of each device; values that it closes over are on all of them."""
+        """The function as the program of each device; a plain number stays one: trip counts that a program must know are some."""
         if self.mesh is None:
             return function(*args)
-        return jax.shard_map(function, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)(*args)
+        leaves, structure = jax.tree.flatten(args)
+        known = [isinstance(leaf, int | float) for leaf in leaves]
+
+        def on_device(*others: Any) -> Any:
+            rest = iter(others)
+            return function(*structure.unflatten(leaf if plain else next(rest) for plain, leaf in zip(known, leaves)))
+
+        specs = tuple(spec for plain, spec in zip(known, structure.flatten_up_to(in_specs)) if not plain)
+        others = [leaf for plain, leaf in zip(known, leaves) if not plain]
+        return jax.shard_map(on_device, mesh=self.mesh, in_specs=specs, out_specs=out_specs, check_vma=False)(*others)
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         """Where an array with this layout lies."""

@@ -104,7 +104,7 @@ class APFL(Wrapper):
 
     def run(self, start: Broadcast, kept: APFLKept, rows: ClientRows, key: jax.Array) -> tuple[Upload, APFLKept]:
         """Trains both models, uploads the global one's change."""
-        optimizer_key, batch_key = jax.random.split(key)
+        optimizer_key, batch_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
         batches = self.client.batches.of(rows, batch_key)
         carry = (*self._begin(start, kept, optimizer_key), kept.alpha, jnp.array(True), jnp.zeros(()))
         local, personal, alpha, _, total = batches.fold(self._step, carry)

@@ -135,12 +135,12 @@ class FedEM(ClientUpdate):
                 remedy = "Let the run draw them: init(key=...), or make them with stacked_starts(model, key, models)."
                 where = f"params, leaf {name or '(the whole)'}"
                 raise ValueError(f"{where}: expected a leading axis of {self.models} models, got {jnp.shape(leaf)}. {remedy}")
-        optimizer = jax.vmap(self.optimizer.init_kept)(params, jax.random.split(key, self.models))
+        optimizer = jax.vmap(self.optimizer.init_kept)(params, self._keys(key))
         return FedEMKept(jnp.full(self.models, 1 / self.models, float), optimizer)
 
     def run(self, start: Broadcast, kept: FedEMKept, rows: ClientRows, key: jax.Array) -> tuple[Upload, FedEMKept]:
         """Trains each model on its share of every example, and renews the mixture weights."""
-        optimizer_key, batch_key = jax.random.split(key)
+        optimizer_key, batch_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
         batches = self.batches.of(rows, batch_key)
         weights = self._mean_posterior(kept.weights, start, batches)
         carry = (start.params, start.stats, self._start_optimizers(start, kept.optimizer, optimizer_key), jnp.zeros(()))
@@ -148,9 +148,8 @@ class FedEM(ClientUpdate):
         def step(carry: tuple, batch: dict, key: jax.Array) -> tuple:
             params, stats, state, total = carry
             posterior = self._posterior(kept.weights, start, batch)
-            keys = jax.random.split(key, self.models)
             component = lambda *model: self._component_step(batch, *model)  # noqa: E731
-            params, stats, state, losses = jax.vmap(component)(params, stats, state, posterior, keys)
+            params, stats, state, losses = jax.vmap(component)(params, stats, state, posterior, self._keys(key))
             return params, stats, state, total + losses.sum().astype(total.dtype)
 
         params, stats, state, total = batches.fold(step, carry)
@@ -167,6 +166,10 @@ class FedEM(ClientUpdate):
     def metrics(self, personal: tuple[jax.Array, Params, Stats], batch: Batch) -> dict[str, jax.Array]:
         """The mixture's ``loss`` (``-log p(y | x)``) and ``accuracy``."""
         return mixture_metrics(mixture_log_probabilities(self.loss, *personal, batch), batch)
+
+    def _keys(self, key: jax.Array) -> jax.Array:
+        """``[M]``, one for each model; a split inside the loop over clients would count as a second use of the key."""
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(self.models))
 
     def _posterior(self, weights: jax.Array, start: Broadcast, batch: Batch) -> jax.Array:
         """``q`` as ``[M, B]``, by the broadcast models."""
@@ -188,7 +191,7 @@ class FedEM(ClientUpdate):
         def one(kept: Any, params: Params, stats: Stats, key: jax.Array) -> Any:
             return self.optimizer.start_round(kept, RoundStart(params, stats, {}, start.round, key))
 
-        return jax.vmap(one)(kept, start.params, start.stats, jax.random.split(key, self.models))
+        return jax.vmap(one)(kept, start.params, start.stats, self._keys(key))
 
     def _component_step(
         self, batch: Batch, params: Params, stats: Stats, state: Any, posterior: jax.Array, key: jax.Array

@@ -65,7 +65,7 @@ class Finetuned(Wrapper):
 
     def personalize(self, start: Broadcast, kept: Any, rows: ClientRows, key: jax.Array) -> tuple[Params, Stats]:
         """What the wrapped client predicts with, trained on its rows."""
-        begin_key, first_key, train_key = jax.random.split(key, 3)
+        begin_key, first_key, train_key = (jax.random.fold_in(key, stream) for stream in range(3))
         params, stats = self.client.personalize(start, kept, rows, begin_key)
         training = self.training
         anchor = start._replace(params=params, stats=stats)

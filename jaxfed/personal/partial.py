@@ -101,7 +101,7 @@ class LocalLeaves(Wrapper):
 
     def init_kept(self, params: Params, key: jax.Array) -> LocalKept:
         """The local leaves of the global weights."""
-        client_key, head_key = jax.random.split(key)
+        client_key, head_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
         local = self._local(params)
         stats = room_for_stats(self.model) if self.statistics else ()
         if self.head is None:
@@ -129,7 +129,7 @@ class LocalLeaves(Wrapper):
 
     def personalize(self, start: Broadcast, kept: LocalKept, rows: ClientRows, key: jax.Array) -> tuple[Params, Stats]:
         """The shared leaves with the client's own; a client that has never trained trains its own now."""
-        first_key, train_key = jax.random.split(key)
+        first_key, train_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
         own = self.own(start, kept)
         first = self._head.init_kept(self._local(own.params), first_key)
         params, stats, _ = self._train_local(own, first, idle_if(kept.trained, rows), train_key)
@@ -144,7 +144,7 @@ class LocalLeaves(Wrapper):
         return end, upload, client, ()
 
     def _train_in_turn(self, own: Broadcast, kept: LocalKept, rows: ClientRows, key: jax.Array) -> tuple:
-        head_key, body_key = jax.random.split(key)
+        head_key, body_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
         params, stats, head = self._train_local(own, kept.head, rows, head_key)
         shared = self.shared(params)
         body = holding(self.client, params)

@@ -118,7 +118,7 @@ class PFedMe(ClientUpdate):
 
     def train(self, start: Broadcast, kept: tuple, rows: ClientRows, key: jax.Array) -> tuple[Inner, Upload, tuple]:
         """``(personal model, upload, kept)`` after a round's work."""
-        optimizer_key, batch_key = jax.random.split(key)
+        optimizer_key, batch_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
         batches = self.batches.of(rows, batch_key)
         anchor = RoundStart(start.params, start.stats, {}, start.round, optimizer_key)
         outer = self.optimizer.start_round(kept[0], anchor)

@@ -10,10 +10,18 @@ import pytest
 import jaxfed
 from jaxfed import Optimizer, Simulation
 from jaxfed.engine.round import run_round
+from jaxfed.models import advice
 
 TRACES = 5
-"""The shapes of a round's report and of a client's outcome cost an abstract pass each, on top of one another."""
+"""The shapes of a round's report and of a client's outcome cost an abstract pass each, on top of one another; advice on slow layers
+looks at the loss once more."""
 count = 0
+
+
+@pytest.fixture(autouse=True)
+def no_advice_yet():
+    """Advice is given once for a loss: which test comes first must not matter."""
+    advice._warn_once.cache_clear()
 
 
 def counted_loss(params, batch, key):
