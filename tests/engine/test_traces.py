@@ -13,8 +13,8 @@ from jaxfed.engine.round import run_round
 from jaxfed.models import advice
 
 TRACES = 5
-"""The shapes of a round's report and of a client's outcome cost an abstract pass each, on top of one another; advice on slow layers
-looks at the loss once more."""
+"""The shapes of a round's report and of a client's outcome cost an abstract pass each, on top of one another, and advice on slow
+layers one more."""
 count = 0
 
 
