@@ -46,10 +46,14 @@ class Peer:
 
 
 _ALL = ("fedavg", "fedprox", "fedadam", "scaffold")
+# One CPU device for each core, as `jaxfed run` makes them.
+_BOTH_CORES = ("--devices", str(os.cpu_count()))
 PEERS = {
-    "jaxfed": Peer("jaxfed", "jaxfed_rounds", ("--calls", "3"), algorithms=_ALL),
-    "jaxfed-cached": Peer("jaxfed", "jaxfed_rounds", ("--compilation-cache", str(HERE / ".cache" / "xla")), ("fedavg",)),
-    "jaxfed-2-devices": Peer("jaxfed", "jaxfed_rounds", ("--devices", "2"), ("fedavg",)),
+    "jaxfed": Peer("jaxfed", "jaxfed_rounds", (*_BOTH_CORES, "--calls", "3"), algorithms=_ALL),
+    "jaxfed-cached": Peer(
+        "jaxfed", "jaxfed_rounds", (*_BOTH_CORES, "--compilation-cache", str(HERE / ".cache" / "xla")), ("fedavg",)
+    ),
+    "jaxfed-1-device": Peer("jaxfed", "jaxfed_rounds", (), ("fedavg",)),
     "plain-scan": Peer("plain_jax", "plain_jax"),
     "plain-central": Peer("plain_jax", "plain_jax", ("--variant", "central"), ("fedavg",)),
     "fedjax": Peer("fedjax", "fedjax"),
@@ -115,7 +119,9 @@ def execute(run: Run, rounds: int) -> dict[str, Any]:
 def _run_alone(command: list[str]) -> tuple[int, str, str]:
     """A process and all that it starts, which end with it; also after ``LIMIT`` seconds."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, cwd=HERE, start_new_session=True, **pipes) as process:
+    # As for users: where this is set, our own sources, which no pip has compiled, are compiled anew in every process.
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    with subprocess.Popen(command, cwd=HERE, env=environment, start_new_session=True, **pipes) as process:
         try:
             output, errors = process.communicate(timeout=LIMIT)
         except subprocess.TimeoutExpired:

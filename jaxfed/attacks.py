@@ -29,14 +29,12 @@ import optax
 
 from jaxfed import part, trees
 from jaxfed.base import Aggregator, Broadcast, CohortInfo, Model, Params, Upload
+from jaxfed.client.batches import ATTACK
 from jaxfed.part import Part
 from jaxfed.personal.wrapper import Wrapper
 
 MARK = "attacker"
 """The key of the data and the metric that says who attacks."""
-
-# The wrapped client gets the key that it would have had alone, and draws from the streams 0 to 2.
-_ATTACK = 3
 
 
 class Attack(Part, kind="attack"):
@@ -146,7 +144,7 @@ class Malicious(Wrapper):
         attacks = rows.arrays[MARK][rows.start] != 0
         upload, kept = self.client.run(start, kept, rows, key)
         if self.attack is not None:
-            false = self.attack(upload, jax.random.fold_in(key, _ATTACK))
+            false = self.attack(upload, jax.random.fold_in(key, ATTACK))
             upload = trees.select(attacks, trees.cast_like(false, upload), upload)
         return upload._replace(metrics=upload.metrics | {MARK: attacks.astype(float)}), kept
 

@@ -32,8 +32,8 @@ _EVALUATION_ROWS = 256
 _PAGE = 1024
 # Measuring lanes takes as long as compiling three or four programs.
 _WORTH = 8
-# The run's key is folded once for each use of it.
-_MODEL, _SERVER, _RUN = range(3)
+# Rounds fold their numbers into the run's key, and count from 0: these are none of theirs.
+_MODEL, _SERVER = 2**32 - 1, 2**32 - 2
 
 
 class Simulation:
@@ -375,7 +375,7 @@ def _first_state(
         selector=selector.init(count),
         kept=jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), kept),
         seen=jnp.zeros(count, bool),
-        key=jax.random.fold_in(key, _RUN),
+        key=jax.random.clone(key),
     )
     return devices.constrain(state, state_layout(state, devices))
 

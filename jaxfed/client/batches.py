@@ -12,6 +12,9 @@ from jaxfed import checks, part
 from jaxfed.part import Part
 from jaxfed.permutation import permute
 
+# Streams of the key of one client's round. The orders of passes are hashed from the key itself.
+STEP, PASS, PERSONAL, ORDER, OPTIMIZER, ATTACK = range(6)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +159,7 @@ class Poisson(BatchPolicy):
 
     def choose(self, key: jax.Array, step: jax.Array, rows: ClientRows) -> tuple[jax.Array, jax.Array]:
         """A uniformly random subset whose size is binomial."""
-        order_key, count_key = jax.random.split(jax.random.fold_in(key, step))
+        order_key, count_key = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, ORDER), step))
         positions = jnp.arange(self.width(rows))
         # How many rows are drawn has no derivative, and the sampler is a loop that reverse mode does not pass.
         rate = jax.lax.stop_gradient(self.rate)
@@ -175,14 +178,14 @@ class Batches:
     """The batches of one client's round, and the only loop over local steps that an algorithm writes."""
 
     def __init__(self, policy: BatchPolicy, rows: ClientRows, key: jax.Array):
-        self.policy, self.rows = policy, rows
-        # Each key that nobody uses costs nothing.
-        self.order_key, self.step_key, self.pass_key = (jax.random.fold_in(key, stream) for stream in range(3))
+        self.policy, self.rows, self.key = policy, rows, key
+        # A key that nobody uses costs nothing.
+        self.step_key, self.pass_key = jax.random.fold_in(key, STEP), jax.random.fold_in(key, PASS)
         self.steps = policy.num_steps(rows.size, rows.work, rows.capacity)
 
     def batch(self, step: jax.Array | int) -> dict[str, jax.Array]:
         """The batch of a local step: arrays ``[B, ...]`` by key, and ``"mask"`` ``[B]``."""
-        return self.rows.take(*self.policy.choose(self.order_key, jnp.asarray(step), self.rows))
+        return self.rows.take(*self.policy.choose(self.key, jnp.asarray(step), self.rows))
 
     def fold(self, step: Callable[[Any, dict, jax.Array], Any], carry: Any) -> Any:
         """``carry = step(carry, batch, key)`` for every local step, compiled, with a trip count that is data."""
@@ -198,7 +201,7 @@ class Batches:
         passes = every.num_steps(self.rows.size, jnp.where(self.steps > 0, 1.0, 0.0), self.rows.capacity)
 
         def body(k: jax.Array, carry: Any) -> Any:
-            return step(carry, self.rows.take(*every.choose(self.order_key, k, self.rows)))
+            return step(carry, self.rows.take(*every.choose(self.key, k, self.rows)))
 
         return _repeat(passes, body, carry, self._most(every))
 

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxfed import part, trees
 from jaxfed.base import Broadcast, ClientUpdate, Model, Params, RoundStart, Stats, Upload
-from jaxfed.client.batches import Batches, BatchPolicy, ClientRows
+from jaxfed.client.batches import OPTIMIZER, Batches, BatchPolicy, ClientRows
 from jaxfed.client.gradients import GradientRule, MeanGradient, as_model
 from jaxfed.client.measures import Measure
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
@@ -75,13 +75,14 @@ class LocalTraining(ClientUpdate):
 
         What wraps local training (a personal model, local leaves) calls this; ``upload.delta`` is ``begin - end``.
         """
-        optimizer_key, batch_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-        batches = self.batches.of(rows, batch_key)
+        batches = self.batches.of(rows, key)
 
         def full_gradient(params: Params) -> Params:
             return self.full_gradient(params, start.stats, batches)
 
-        anchor = RoundStart(start.params, start.stats, start.aux, start.round, optimizer_key, full_gradient, start.survey)
+        anchor = RoundStart(
+            start.params, start.stats, start.aux, start.round, jax.random.fold_in(key, OPTIMIZER), full_gradient, start.survey
+        )
         rule = self.gradient.start_round(anchor)
         carry = (begin, start.stats, self.optimizer.start_round(kept, anchor), jnp.zeros(()))
 

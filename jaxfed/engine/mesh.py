@@ -162,7 +162,8 @@ class Devices:
         """An array ``[machines * length, ...]`` of the rows ``block(machine)``; a process is only asked for its own."""
         if self.machines == 1:
             rows = block(0)
-            return jnp.asarray(rows) if self.mesh is None else jax.device_put(rows, self.sharding(spec))
+            # Not asarray, which holds the rows twice meanwhile; rows that lie well in memory are used there by a CPU.
+            return jax.device_put(rows, None if self.mesh is None else self.sharding(spec))
         mine = block(jax.process_index())
         here = jax.process_index() * length
 

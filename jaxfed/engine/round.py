@@ -19,7 +19,8 @@ from jaxfed.engine.sums import Reduced, reduce_cohort, share_of
 from jaxfed.engine.survey import survey_cohort
 
 # Each use of a round's randomness has a stream of its own, so that adding one leaves the others as they were.
-SELECTION, CLIENTS, SURVEY = range(3)
+STREAMS = 3
+SELECTION, CLIENTS, SURVEY = range(STREAMS)
 # A client's key is its own; what it first keeps is drawn from a stream that local training and its like do not use.
 FIRST_KEPT = 2**16
 
@@ -46,8 +47,9 @@ def run_round(
     algorithm: Algorithm, selector: Selector, population: Population, state: RunState, lanes: int
 ) -> tuple[RunState, RoundInfo]:
     """Select, broadcast, run and prepare at each client, add, finalize, receive, update, observe."""
-    key = jax.random.fold_in(state.key, state.round)
-    cohort = selector.select(state.selector, jax.random.fold_in(key, SELECTION), state.round, population.count)
+    # All streams in one call of the generator, each of which takes a while to compile.
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(state.key, state.round), jnp.arange(STREAMS))
+    cohort = selector.select(state.selector, keys[SELECTION], state.round, population.count)
     cohort = cohort._replace(work=jnp.where(cohort.valid, cohort.work, 0))
     sizes = population.sizes[population.slots(cohort.ids)]
     steps = algorithm.client.num_steps(sizes, cohort.work, population.capacity)
@@ -55,13 +57,13 @@ def run_round(
     broadcast = Broadcast(state.params, state.stats, algorithm.server.send(state.server), state.round)
     sent = algorithm.aggregator.send(state.aggregator)
     if algorithm.survey is not None:
-        found = survey_cohort(algorithm, population, broadcast, cohort, jax.random.fold_in(key, SURVEY), lanes)
+        found = survey_cohort(algorithm, population, broadcast, cohort, keys[SURVEY], lanes)
         broadcast = broadcast._replace(survey=found)
 
     client = Partial(_visit_client, algorithm, broadcast, sent)
     tables = Tables(state.kept, state.seen)
     total, tables, (metrics, weights), stacked, counts = fold_clients(
-        client, cohort, steps, jax.random.fold_in(key, CLIENTS), tables, (population,), lanes
+        client, cohort, steps, keys[CLIENTS], tables, (population,), lanes
     )
 
     info = CohortInfo(state.round, population.count, population.weight, total.clients, total.weight)

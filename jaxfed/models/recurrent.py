@@ -174,9 +174,7 @@ def _layer(name: str, cell: _Cell, inputs: jax.Array, kernels: Kernels, carry: A
     dtype = jnp.result_type(inputs, *jax.tree.leaves(kernels), *carry)
     inputs, kernels, carry = jax.tree.map(lambda a: a.astype(dtype), (inputs, kernels, tuple(carry)))
     bias = jnp.concatenate(list(kernels.bias))
-    # Gates in front, so that the kernels' gradient is the product that XLA's CPU backend computes at full speed.
-    joined = jnp.concatenate([kernel.T for kernel in kernels.inputs])
-    pre = jnp.einsum("tbd,gd->tbg", inputs, joined) + bias.reshape(1, 1, -1)
+    pre = _project(inputs, jnp.concatenate(list(kernels.inputs), axis=1)) + bias.reshape(1, 1, -1)
     recurrent_bias = None if kernels.recurrent_bias is None else tuple(kernels.recurrent_bias)
     return _recur(cell, pre, tuple(kernels.recurrent), recurrent_bias, carry)
 
@@ -193,6 +191,26 @@ def _check(name: str, cell: _Cell, inputs: jax.Array, kernels: Kernels, carry: A
             raise ValueError(f"{name}: expected kernels.{field} of shapes {shapes}, one for each gate, got {got}.")
     if any(state.shape != (batch, hidden) for state in carry):
         raise ValueError(f"{name}: expected a carry of shapes {(batch, hidden)}, got {[state.shape for state in carry]}.")
+
+
+@jax.custom_vjp
+def _project(inputs: jax.Array, kernel: jax.Array) -> jax.Array:
+    """``[T, B, d]`` times ``[d, g]``."""
+    return inputs @ kernel
+
+
+def _project_backward(saved: Arrays, d_out: jax.Array) -> Arrays:
+    inputs, kernel = saved
+    return d_out @ kernel.T, _rows_product(inputs, d_out)
+
+
+_project.defvjp(lambda inputs, kernel: (inputs @ kernel, (inputs, kernel)), _project_backward)
+
+
+def _rows_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """``sum_tb a[t, b, i] b[t, b, j]`` as one long sum; over two axes, XLA's CPU backend first moves both arrays about."""
+    rows = a.reshape(-1, a.shape[-1]), b.reshape(-1, b.shape[-1])
+    return lax.dot_general(*rows, (((0,), (0,)), ((), ())))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -229,9 +247,7 @@ def _backward(cell: _Cell, residuals: Any, d_states: Arrays) -> tuple:
 
     zeros = jax.tree.map(jnp.zeros_like, start)
     d_start, (d_u, d_x) = lax.scan(step, zeros, (d_states, saved, before, states), reverse=True)
-    # Both leading axes are summed as they are: reshaped to one, XLA's CPU backend takes a slower product.
-    d_kernels = jnp.einsum("tbg,tbh->gh", d_u, before[-1])
-    d_kernels = tuple(part.T for part in jnp.split(d_kernels, cell.gates))
+    d_kernels = tuple(jnp.split(_rows_product(before[-1], d_u), cell.gates, axis=1))
     d_bias = None if bias is None else tuple(jnp.split(d_u.sum((0, 1)), cell.gates))
     return d_u if d_x is None else d_x, d_kernels, d_bias, d_start
 

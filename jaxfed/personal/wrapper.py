@@ -9,13 +9,10 @@ from jax.typing import ArrayLike
 
 from jaxfed import part, trees
 from jaxfed.base import Batch, Broadcast, ClientUpdate, Model, Params, Stats, Upload
-from jaxfed.client.batches import ClientRows
+from jaxfed.client.batches import PERSONAL, ClientRows
 from jaxfed.client.gradients import as_model
 from jaxfed.client.local import LocalTraining
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
-
-# Local training splits its key in two, numbers 0 and 1; what is trained beside it draws from a stream of its own.
-PERSONAL = 2
 
 
 class Wrapper(ClientUpdate, register=False):

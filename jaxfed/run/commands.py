@@ -47,7 +47,7 @@ class Train:
         """Runs the command and returns its exit status."""
         config = RunConfig.read(self.config, self.set)
         use_compilation_cache()
-        make_devices(config.simulation.devices)
+        make_devices(config.simulation.devices, alone=self.machines.alone)
         with self.machines.joined(), Run.start(config) as run:
             return _train(run)
 
@@ -65,7 +65,7 @@ class Resume:
     def __call__(self) -> int:
         """Runs the command and returns its exit status."""
         use_compilation_cache()
-        make_devices(RunFolder.open(self.run_dir).config.simulation.devices)
+        make_devices(RunFolder.open(self.run_dir).config.simulation.devices, alone=self.machines.alone)
         with self.machines.joined(), Run.resume(self.run_dir, self.rounds) as run:
             return _train(run)
 

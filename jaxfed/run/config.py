@@ -91,7 +91,7 @@ class SimulationSection(Section, path="simulation"):
         cohort_size: Clients drawn uniformly each round; None takes all of them.
         selector: How cohorts are chosen, instead of ``cohort_size``.
         lanes: Clients that run side by side on each device; None lets the simulation choose, ``"auto"`` measures.
-        devices: How many devices take part; None takes all. On a CPU they are made, one to a core is most.
+        devices: How many devices take part; None takes all. On a CPU they are made, by default one for each core.
         paged: Whether data and what clients keep stay on the host; None decides by the devices' memory.
         chunk: The most rounds in one compiled call.
     """

@@ -66,14 +66,25 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def make_devices(count: int | None) -> None:
+def make_devices(count: int | None, *, alone: bool = True) -> None:
     """Asks for so many CPU devices, before JAX has looked for any; where there are others, they are used. For a command.
 
+    Args:
+        count: How many; None makes one for each core, which run their own clients faster than one device with all cores does.
+        alone: Whether this process is the whole run; each of several has one CPU device unless ``count`` says otherwise.
+
     Raises:
-        RuntimeError: If JAX has looked already.
+        RuntimeError: If JAX has looked already, and has fewer than ``count``.
     """
-    if count is not None and count > jax.config.jax_num_cpu_devices:  # type: ignore[attr-defined]
-        jax.config.update("jax_num_cpu_devices", count)
+    wanted = (_cores() if alone else 1) if count is None else count
+    if wanted > jax.config.jax_num_cpu_devices:  # type: ignore[attr-defined]
+        with contextlib.suppress(*[RuntimeError] if count is None else []):
+            jax.config.update("jax_num_cpu_devices", wanted)
+
+
+def _cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(name: str) -> str:

@@ -27,6 +27,11 @@ class Machines:
     cluster: bool = False
     """Take all three from the launcher's environment: Slurm's srun, Open MPI's mpirun, a cloud's TPU hosts."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether one process is the whole run."""
+        return not self.cluster and self.coordinator is None
+
     @contextlib.contextmanager
     def joined(self) -> Iterator[None]:
         """Joins the others for as long as it lasts. One process alone has nothing to do.
@@ -36,7 +41,7 @@ class Machines:
             RuntimeError: If the others do not come.
         """
         self._check()
-        if not self.cluster and self.coordinator is None:
+        if self.alone:
             yield
             return
         jax.distributed.initialize(
