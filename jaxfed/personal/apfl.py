@@ -8,11 +8,10 @@ import optax
 
 from jaxfed import part, trees
 from jaxfed.base import Broadcast, Params, RoundStart, Stats, Upload
-from jaxfed.client.batches import ClientRows
+from jaxfed.client.batches import PERSONAL, ClientRows
 from jaxfed.client.local import LocalTraining, metrics_of
 from jaxfed.optimizer.optimizer import Optimizer
 from jaxfed.personal.wrapper import (
-    PERSONAL,
     Wrapper,
     idle_if,
     optional_optimizer,

@@ -7,13 +7,12 @@ import jax.numpy as jnp
 
 from jaxfed import part
 from jaxfed.base import Broadcast, Params, Stats, Upload
-from jaxfed.client.batches import BatchPolicy, ClientRows
+from jaxfed.client.batches import PERSONAL, BatchPolicy, ClientRows
 from jaxfed.client.local import LocalTraining
 from jaxfed.optimizer.optimizer import Optimizer
 from jaxfed.optimizer.regularizers import FedProx
 from jaxfed.personal.partial import LocalLeaves
 from jaxfed.personal.wrapper import (
-    PERSONAL,
     Wrapper,
     idle_if,
     optional_optimizer,

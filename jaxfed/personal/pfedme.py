@@ -9,11 +9,11 @@ from jax.typing import ArrayLike
 
 from jaxfed import part, trees
 from jaxfed.base import Batch, Broadcast, ClientUpdate, Model, Params, RoundStart, Stats, Upload
-from jaxfed.client.batches import BatchPolicy, ClientRows
+from jaxfed.client.batches import PERSONAL, BatchPolicy, ClientRows
 from jaxfed.client.gradients import GradientRule, MeanGradient, as_model
 from jaxfed.client.local import metrics_of
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
-from jaxfed.personal.wrapper import PERSONAL, refuse_pairs
+from jaxfed.personal.wrapper import refuse_pairs
 
 
 class Inner(NamedTuple):

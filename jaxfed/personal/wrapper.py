@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxfed import part, trees
 from jaxfed.base import Batch, Broadcast, ClientUpdate, Model, Params, Stats, Upload
-from jaxfed.client.batches import PERSONAL, ClientRows
+from jaxfed.client.batches import ClientRows
 from jaxfed.client.gradients import as_model
 from jaxfed.client.local import LocalTraining
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer

@@ -93,7 +93,8 @@ def slow_agnostic(cohorts, domain, domains, rate, ascent):
             ways[d] = p @ [w - descend(w, *clients()[i])[0] for i in own]
             losses[d] = p @ [mean_loss(w, *clients()[i]) for i in own]
         mass = shares[seen].sum()
-        update, new = (shares * seen) @ ways / mass, shares.copy()
+        # Where all who came are of domains without a share, the round moves nothing.
+        update, new = (shares * seen) @ ways / mass if mass > 0 else 0, shares.copy()
         slopes = rate * losses[seen]
         raised = shares[seen] * np.exp(slopes)
         new[seen] = mass * raised / raised.sum() if ascent == "exponentiated" else project(shares[seen] + slopes, mass)
