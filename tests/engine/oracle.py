@@ -107,9 +107,9 @@ class Client:
 @partial(jax.jit, static_argnames="limit")
 def rows_of_steps(policy, population, client, work, keys, limit):
     """The rows of up to ``limit`` local steps, as numbers within the client, their masks, and how many steps it takes."""
-    batch_key = jax.random.fold_in(jax.random.fold_in(keys, client), 1)
+    batch_key = jax.random.fold_in(keys, client)
     batches = policy.of(population.client(client, work), batch_key)
-    index, mask = jax.vmap(lambda k: policy.choose(batches.order_key, k, batches.rows))(jnp.arange(limit))
+    index, mask = jax.vmap(lambda k: policy.choose(batches.key, k, batches.rows))(jnp.arange(limit))
     return index, mask, batches.steps
 
 

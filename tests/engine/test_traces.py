@@ -12,9 +12,8 @@ from jaxfed import Optimizer, Simulation
 from jaxfed.engine.round import run_round
 from jaxfed.models import advice
 
-TRACES = 5
-"""The shapes of a round's report and of a client's outcome cost an abstract pass each, on top of one another, and advice on slow
-layers one more."""
+TRACES = 3
+"""Advice on slow layers looks at the loss, the shapes of a client's outcome are asked for, and the round is traced."""
 count = 0
 
 
