@@ -23,15 +23,6 @@ SIDE = 64
 
 
 @pytest.fixture
-def compile_fast():
-    """For programs whose time does not matter."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.fixture
 def config(tmp_path, monkeypatch):
     monkeypatch.setattr(commands, "Console", lambda **options: commands_console(width=300, **options))
     table = {
@@ -97,7 +88,6 @@ def test_a_scan_inside_the_model_counts_as_often_as_it_runs():
     assert products <= found.flops <= 1.3 * products
 
 
-@pytest.mark.usefixtures("compile_fast")
 def test_steps_of_ragged_clients():
     by_hand = 2 * sum(-(-int(size) // 4) for size in SIZES)
     algorithm = jaxfed.fedavg(softmax_loss, lrate=0.1, batch_size=4, epochs=2)
@@ -117,7 +107,6 @@ def test_work_is_dealt_like_cards():
     assert (work_of([idle], 2, 1).imbalance, work_of([idle], 2, 1).used) == (1, 1)
 
 
-@pytest.mark.usefixtures("compile_fast")
 @pytest.mark.parametrize("devices", [1, 2, 3])
 def test_collectives_of_a_split_server(devices):
     algorithm = jaxfed.fedavg(linear_loss, lrate=0.1, batch_size=2)
@@ -133,7 +122,6 @@ def test_collectives_of_a_split_server(devices):
         assert "reduce-scatter" not in found
 
 
-@pytest.mark.usefixtures("compile_fast")
 def test_a_median_exchanges_coordinates():
     algorithm = jaxfed.fedavg(linear_loss, lrate=0.1, batch_size=2).replace(aggregator=jaxfed.Median())
     found = profile(algorithm, square_data(4), jnp.zeros((SIDE, SIDE)), devices=2, lanes=1).collectives
@@ -157,7 +145,7 @@ def test_collectives_are_read_from_any_text():
     }
 
 
-@pytest.mark.usefixtures("compile_fast", "x64")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("paged", [None, True])
 def test_profiling_changes_nothing(paged):
     algorithm = jaxfed.scaffold(softmax_loss, lrate=0.1, batch_size=4, option="I")
@@ -170,7 +158,7 @@ def test_profiling_changes_nothing(paged):
     assert (found.rounds, found.setting["paged"], found.setting["chunk"]) == (3, bool(paged), 1 if paged else 2)
 
 
-@pytest.mark.usefixtures("compile_fast", "x64")
+@pytest.mark.usefixtures("x64")
 def test_a_cohort_without_work_takes_no_step():
     algorithm = jaxfed.fedavg(softmax_loss, lrate=0.1, batch_size=4)
     selector = Planned(np.array([[0, 3, 4], [5, 1, 9]]), np.array([[1.0, 0.5, 1.0], [1.0, 1.0, 1.0]]))
@@ -184,7 +172,6 @@ def test_a_cohort_without_work_takes_no_step():
     assert reports["steps"].tolist() == [0, 0]
 
 
-@pytest.mark.usefixtures("compile_fast")
 @pytest.mark.parametrize("recipe", [jaxfed.mime, jaxfed.ditto, jaxfed.pfedme])
 def test_recipes_with_surveys_and_models_of_their_own(recipe):
     algorithm = recipe(softmax_loss, lrate=0.1, batch_size=4)
