@@ -52,6 +52,7 @@ def differentiable_rounds(simulation: Simulation, rounds: int, *, lanes: int = 1
     def run(algorithm: Algorithm, state: RunState) -> RunState:
         """The state after the rounds."""
         checks.instance("algorithm", algorithm, Algorithm)
+        simulation._check_state(state)
         weighed = population_for(algorithm, population)
 
         @jax.checkpoint

@@ -132,6 +132,8 @@ def settings_of(over: Mapping[Any, Iterable[Any]]) -> list[Setting]:
 def _axis(names: Any, values: Any) -> list[Setting]:
     zipped = isinstance(names, tuple)
     names = names if zipped else (names,)
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"over: expected names as texts, got {checks.listing(names)}.")
     if isinstance(values, (str, bytes)) or not isinstance(values, Iterable):
         raise TypeError(f"over: {'/'.join(names)}: expected a list of values, got {checks.describe(values)}.")
     rows = [tuple(value) if zipped else (value,) for value in values]

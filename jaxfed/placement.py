@@ -14,6 +14,9 @@ from jaxfed.engine.algorithm import Algorithm
 from jaxfed.engine.mesh import EVERYWHERE, Devices
 from jaxfed.engine.population import Population, table_length, weigh_population
 
+# Rows are numbered in int32 on the devices; a larger number would turn into another row without a word.
+_MOST_ROWS = 2**31 - 1
+
 
 class Placement:
     """A data set and the devices that train on it. On several machines each reads the rows of its own clients alone.
@@ -43,8 +46,10 @@ class Placement:
         clients = np.arange(self.data.num_clients)
         firsts = np.minimum(np.arange(self.devices.machines + 1) * self.per_machine, self.data.num_clients)
         edges = self.data.offsets[firsts]
+        if (most := int(np.diff(edges).max())) > _MOST_ROWS:
+            raise ValueError(f"data: expected at most {_MOST_ROWS} rows on a machine, got {most}. Give paged=True.")
         slices = [slice(*edges[machine : machine + 2]) for machine in range(self.devices.machines)]
-        arrays = {key: self._place(x, [[s] for s in slices], int(np.diff(edges).max())) for key, x in self.data.arrays.items()}
+        arrays = {key: self._place(x, [[s] for s in slices], most) for key, x in self.data.arrays.items()}
         return self._population(arrays, self.firsts - edges[clients // self.per_machine], self.sizes, clients, paged=False)
 
     def page(self, ids: np.ndarray, length: int) -> Population:

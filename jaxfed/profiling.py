@@ -47,7 +47,7 @@ class Profile:
         collectives: By kind, with what a device gives or gets.
         memory: Bytes on one device: ``arguments``, ``temporary``, ``output``, ``peak``; and ``process``, the most it has had.
         peak: What the devices do at most.
-        flops_fraction: Achieved operations a second of the local steps over the peak.
+        flops_fraction: Achieved operations a second of the local steps over the peak; 0 where they take no time that can be told.
         bytes_fraction: The same for memory; above 1 where what is read lies in caches.
         round_limit: What limits a round, and a remedy.
         limit: The same for a run as planned, with compiling, placing and evaluation.
@@ -257,9 +257,9 @@ def _profile(timed: _Timed, times: dict[str, float], work: Work, eval_every: int
     step, server = step_costs(timed.whole, timed.population, timed.first)
     cost, peak = server.plus(step, work.steps), measure_peak(timed.whole.devices)
     seconds = _parts(times)
-    # Without a step there is no fraction, and noise must not make one.
-    busy = max(seconds["local steps"], 1e-9)
-    flops, traffic = (work.steps * one / busy / most for one, most in zip(step, peak))
+    # Steps that take less time than the clock's noise have no fraction.
+    busy = seconds["local steps"]
+    flops, traffic = (work.steps * one / busy / most if busy else 0.0 for one, most in zip(step, peak))
     once = {"evaluation": times["evaluation"] / eval_every if eval_every else 0.0}
     if planned is not None:
         once["compile"] = sum(timed.compiling.values()) / planned

@@ -45,8 +45,10 @@ class Evaluation:
         for name, values in self.by_client.items():
             values = values[self.examples > 0]
             worst = 90 if name.endswith(("loss", "error")) else 10
-            row[f"{name}_client_mean"] = float(values.mean()) if len(values) else float("nan")
-            row[f"{name}_worst_decile"] = float(np.percentile(values, worst)) if len(values) else float("nan")
+            # Between two infinities NumPy warns that it cannot tell; the NaN says so.
+            with np.errstate(invalid="ignore"):
+                row[f"{name}_client_mean"] = float(values.mean()) if len(values) else float("nan")
+                row[f"{name}_worst_decile"] = float(np.percentile(values, worst)) if len(values) else float("nan")
         return row
 
     def table(self) -> list[dict[str, float]]:

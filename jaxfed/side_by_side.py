@@ -101,8 +101,7 @@ class Rows(NamedTuple):
         """Those of ``data``; None means the training data."""
         if data is None:
             return cls(simulation.data, simulation.population)
-        if data.num_examples == 0:
-            raise ValueError("eval_data: expected at least one row, got none.")
+        simulation._check_rows("eval_data", data)
         return cls(data, Placement(data, simulation.algorithm, simulation.devices).whole())
 
 

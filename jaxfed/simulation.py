@@ -115,7 +115,7 @@ class Simulation:
 
         ``lane_seconds`` then holds seconds of a round by lanes. The rounds that are run for it leave no trace.
         """
-        most = -(-self.cohort_size // self.devices.per_machine)
+        state, most = self._check_state(state), -(-self.cohort_size // self.devices.per_machine)
         self.lane_seconds = climb(partial(self._seconds, state), min(self.lanes(state.params), most), most)
         # Clocks differ between processes, the program may not.
         self._lanes = int(self.devices.agree(best_of(self.lane_seconds)))

@@ -139,6 +139,7 @@ def outcomes(
     at_once: int | None = None,
 ) -> Iterator[tuple[int, Outcome]]:
     """Yields ``(number of the setting, outcome)`` as settings are finished; arguments as in :func:`sweep`."""
+    checks.instance("simulation", simulation, Simulation)
     rounds = checks.count("rounds", rounds, checks.Bounds(at_least=1))
     one = checks.Bounds(at_least=1)
     most = len(settings) if at_once is None else min(checks.count("at_once", at_once, one), len(settings))
@@ -212,9 +213,11 @@ def summary(rows: list[Row], names: list[str]) -> list[Row]:
         one = dict(zip(kept, values)) | ({"seeds": len(group)} if SEED in names else {})
         for column in [name for name in group[0] if name not in ("setting", *names)]:
             numbers = np.array([row[column] for row in group], float)
-            one[column] = float(numbers.mean())
-            if SEED in names:
-                one[f"{column}_std"] = float(numbers.std())
+            # Infinities among the numbers make a standard deviation that is NaN, which is no news.
+            with np.errstate(invalid="ignore"):
+                one[column] = float(numbers.mean())
+                if SEED in names:
+                    one[f"{column}_std"] = float(numbers.std())
         found.append(one)
     return found
 

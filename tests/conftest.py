@@ -1,5 +1,6 @@
 """Settings for all tests: silent broadcasting raises, and a PRNG key used twice raises."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -10,6 +11,10 @@ from jaxfed.engine import mesh
 # Some tests ask for several devices; the others, and the doctests of the package, see one.
 jax.config.update("jax_num_cpu_devices", 8)
 mesh.default_devices = lambda: jax.devices()[:1]
+# Programs run for milliseconds here and compile for seconds, so XLA is asked to compile fast, in processes that tests start too.
+# What they compute is the same;  JAX_DISABLE_MOST_OPTIMIZATIONS=0 pytest  has them compiled as users do.
+COMPILE_FAST = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") != "0"
+jax.config.update("jax_disable_most_optimizations", COMPILE_FAST)
 
 
 @pytest.fixture(autouse=True)
@@ -24,6 +29,14 @@ def forget_programs():
     """Compiled programs of a finished module would pile up to gigabytes."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def compiled_as_users_do():
+    """For tests that compute for longer than they compile, and those of what the compiler makes."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", COMPILE_FAST)
 
 
 @pytest.fixture

@@ -14,15 +14,6 @@ from jaxfed.testing import check_config, check_pytree
 ATTACKERS = (1, 4)
 
 
-@pytest.fixture(autouse=True)
-def _compile_fast():
-    """Programs run for milliseconds here and compile for seconds."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 def upload(seed=0):
     rng = np.random.default_rng(seed)
     delta = {"a": jnp.asarray(rng.normal(size=3), float), "b": jnp.asarray(rng.normal(size=(2, 2)), float)}

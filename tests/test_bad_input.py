@@ -108,6 +108,12 @@ CASES = {
         "cohort_size or selector, got both",
     ),
     "lanes 0": (lambda: simulation(lanes=0), ValueError, "lanes: expected an integer at least 1"),
+    "devices of a fraction": (lambda: simulation(devices=2.5), TypeError, "devices: expected an integer, got 2.5"),
+    "devices of text": (lambda: simulation(devices="cpu"), TypeError, r"devices: expected an integer, got 'cpu' \(str\)"),
+    "one device": (lambda: simulation(devices=jax.devices()[0]), TypeError, "devices: expected an integer, got CpuDevice"),
+    "no devices": (lambda: simulation(devices=[]), ValueError, r"devices: expected one or more, each once, got \[\]"),
+    "a device twice": (lambda: simulation(devices=jax.devices()[:1] * 2), ValueError, "devices: expected one or more, each once"),
+    "devices by number": (lambda: simulation(devices=[0]), TypeError, r"devices: expected Device, got 0 .* jax.devices\(\)"),
     "chunk text": (lambda: simulation(chunk="ten"), TypeError, "chunk: expected an integer"),
     "rounds negative": (lambda: run(rounds=-1), ValueError, "rounds: expected an integer at least 0"),
     "rounds half": (lambda: run(rounds=1.5), TypeError, "rounds: expected an integer, got 1.5"),
@@ -125,6 +131,19 @@ CASES = {
         ),
         ValueError,
         "state: expected one of 3 clients, got one of 6",
+    ),
+    "tune without a state": (lambda: simulation().tune(None), TypeError, r"simulation.init\(params, key=...\)"),
+    "differentiate without a state": (
+        lambda: jaxfed.differentiable_rounds(simulation(), 1)(fedavg(), None),
+        TypeError,
+        "state: expected RunState",
+    ),
+    "sweep a recipe": (lambda: jaxfed.sweep(fedavg(), {"seed": [0]}, rounds=1), TypeError, "simulation: expected Simulation"),
+    "sweep a number": (lambda: jaxfed.sweep(simulation(), {3: [0]}, rounds=1), TypeError, "over: expected names as texts, got 3"),
+    "sweep over a dict": (
+        lambda: jaxfed.sweep(simulation(), {"seed": [0]}, rounds=1, params=PARAMS, eval_data={"x": X}),
+        TypeError,
+        "eval_data: expected FederatedData",
     ),
     "evaluate on a dict": (lambda: simulation().evaluate(simulation().init(PARAMS, key=KEY), {"x": X}), TypeError, "data"),
     "unknown column": (lambda: run()[1]["los"], ValueError, "Did you mean 'loss'"),
@@ -154,6 +173,18 @@ def test_bad_input(case):
 
 def test_table_is_long():
     assert len(CASES) >= 60
+
+
+def test_numbers_of_devices_may_come_from_numpy():
+    assert simulation(devices=np.int64(1)).devices.count == 1
+
+
+def test_rows_beyond_their_numbers_are_refused():
+    """Rows of clients beyond 2^31 would be others' rows."""
+    rows = np.broadcast_to(np.int8(1), (2**31,))
+    many = FederatedData({"x": rows}, np.array([0, 2**30, 2**31]), np.arange(2))
+    with pytest.raises(ValueError, match=r"at most 2147483647 rows on a machine, got 2147483648. Give paged=True."):
+        _ = simulation(source=many, devices=1, paged=False).population
 
 
 def test_hardly_any_data_is_fine():

@@ -9,7 +9,7 @@ import pytest
 from engine.oracle import SIZES, Planned, flat, softmax_data, softmax_loss, softmax_params
 
 import jaxfed
-from jaxfed import Simulation, profile_rounds
+from jaxfed import Simulation, profile_rounds, profiling
 from jaxfed.bottleneck import Shares, Work, sentence_of, work_of
 from jaxfed.costs import Collective, collectives, cost_of, measure_peak, process_memory
 from jaxfed.engine.mesh import make_devices
@@ -20,15 +20,6 @@ from jaxfed.run.cli import main
 from jaxfed.run.config import RunConfig
 
 SIDE = 64
-
-
-@pytest.fixture
-def compile_fast():
-    """For programs whose time does not matter."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture
@@ -80,10 +71,17 @@ def test_operations_of_logistic_regression_by_hand():
     assert found.cost.flops == 4 * found.step.flops + found.server.flops
     assert found.peak.flops > 1e8
     assert found.peak.bytes > 1e7
-    assert 0 < found.flops_fraction < 1.5
+    assert found.flops_fraction >= 0
     assert sum(found.seconds.values()) > 0
     assert all(seconds > 0 for seconds in found.compiling.values())
     assert found.placing["bytes"] == data.arrays["x"].nbytes + 4 * 256
+
+
+def test_steps_too_short_to_be_told_from_noise_have_no_fraction(monkeypatch):
+    whole = profiling._parts
+    monkeypatch.setattr(profiling, "_parts", lambda times: whole(times) | {"local steps": 0.0})
+    found = profile(jaxfed.fedavg(linear_loss, lrate=0.1, batch_size=2), square_data(), jnp.zeros((SIDE, SIDE)))
+    assert (found.flops_fraction, found.bytes_fraction) == (0, 0)
 
 
 def test_a_scan_inside_the_model_counts_as_often_as_it_runs():
@@ -97,7 +95,6 @@ def test_a_scan_inside_the_model_counts_as_often_as_it_runs():
     assert products <= found.flops <= 1.3 * products
 
 
-@pytest.mark.usefixtures("compile_fast")
 def test_steps_of_ragged_clients():
     by_hand = 2 * sum(-(-int(size) // 4) for size in SIZES)
     algorithm = jaxfed.fedavg(softmax_loss, lrate=0.1, batch_size=4, epochs=2)
@@ -117,7 +114,6 @@ def test_work_is_dealt_like_cards():
     assert (work_of([idle], 2, 1).imbalance, work_of([idle], 2, 1).used) == (1, 1)
 
 
-@pytest.mark.usefixtures("compile_fast")
 @pytest.mark.parametrize("devices", [1, 2, 3])
 def test_collectives_of_a_split_server(devices):
     algorithm = jaxfed.fedavg(linear_loss, lrate=0.1, batch_size=2)
@@ -133,7 +129,6 @@ def test_collectives_of_a_split_server(devices):
         assert "reduce-scatter" not in found
 
 
-@pytest.mark.usefixtures("compile_fast")
 def test_a_median_exchanges_coordinates():
     algorithm = jaxfed.fedavg(linear_loss, lrate=0.1, batch_size=2).replace(aggregator=jaxfed.Median())
     found = profile(algorithm, square_data(4), jnp.zeros((SIDE, SIDE)), devices=2, lanes=1).collectives
@@ -157,7 +152,7 @@ def test_collectives_are_read_from_any_text():
     }
 
 
-@pytest.mark.usefixtures("compile_fast", "x64")
+@pytest.mark.usefixtures("x64")
 @pytest.mark.parametrize("paged", [None, True])
 def test_profiling_changes_nothing(paged):
     algorithm = jaxfed.scaffold(softmax_loss, lrate=0.1, batch_size=4, option="I")
@@ -170,7 +165,7 @@ def test_profiling_changes_nothing(paged):
     assert (found.rounds, found.setting["paged"], found.setting["chunk"]) == (3, bool(paged), 1 if paged else 2)
 
 
-@pytest.mark.usefixtures("compile_fast", "x64")
+@pytest.mark.usefixtures("x64")
 def test_a_cohort_without_work_takes_no_step():
     algorithm = jaxfed.fedavg(softmax_loss, lrate=0.1, batch_size=4)
     selector = Planned(np.array([[0, 3, 4], [5, 1, 9]]), np.array([[1.0, 0.5, 1.0], [1.0, 1.0, 1.0]]))
@@ -184,7 +179,6 @@ def test_a_cohort_without_work_takes_no_step():
     assert reports["steps"].tolist() == [0, 0]
 
 
-@pytest.mark.usefixtures("compile_fast")
 @pytest.mark.parametrize("recipe", [jaxfed.mime, jaxfed.ditto, jaxfed.pfedme])
 def test_recipes_with_surveys_and_models_of_their_own(recipe):
     algorithm = recipe(softmax_loss, lrate=0.1, batch_size=4)
@@ -237,9 +231,12 @@ def test_peak_of_several_devices():
     assert (process_memory() or 2**30) > 2**20
 
 
-def test_the_command_says_what_limits_and_writes_a_file(config, tmp_path, capsys):
-    out = tmp_path / "profile.json"
+def test_the_command_says_what_limits_and_writes_a_file(config, tmp_path, capsys, monkeypatch):
+    """On the devices of a run, which commands make."""
+    out, made = tmp_path / "profile.json", []
+    monkeypatch.setattr(commands, "make_devices", made.append)
     assert main(["profile", config, "--rounds", "2", "--repetitions", "1", "--out", str(out)]) == 0
+    assert made == [None]
     said = capsys.readouterr().out
     found = json.loads(out.read_text())
     assert found["limit"] in said

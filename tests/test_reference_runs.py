@@ -9,7 +9,7 @@ import jaxfed
 from jaxfed import Adam, FederatedData, Optimizer, Simulation
 from jaxfed.data import datasets
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_as_users_do")]
 SEEDS = (0, 1, 2)
 
 

@@ -96,3 +96,9 @@ def test_a_history_grows():
 def test_unknown_columns_are_refused(column):
     with pytest.raises(ValueError, match=f"No column is called '{column}'"):
         history()[column]
+
+
+def test_clients_that_diverged_make_no_warning():
+    """NumPy would say at every report that it cannot tell infinities apart."""
+    row = Evaluation.from_sums({"loss": [1.0, np.inf, np.inf]}, np.array([1, 1, 1])).row()
+    assert (row["loss"], row["loss_client_mean"]) == (np.inf, np.inf)

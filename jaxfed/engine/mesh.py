@@ -236,15 +236,20 @@ def choose_devices(devices: int | Sequence[Any] | None, cohort_size: int) -> Dev
     """So many of JAX's devices, or these; None takes all, at most one for each client of a cohort.
 
     Raises:
-        ValueError: If there are fewer.
+        ValueError: If there are fewer, or one is given twice.
         TypeError: For anything else.
     """
     if devices is None:
         everyone = default_devices()
         return make_devices(everyone[:cohort_size] if jax.process_count() == 1 else everyone)
     everyone = jax.devices()
-    if not isinstance(devices, int):
-        return make_devices([checks.instance("devices", device, jax.Device) for device in devices])
+    if isinstance(devices, Sequence) and not isinstance(devices, str):
+        chosen = [
+            checks.instance("devices", device, jax.Device, "Give some of jax.devices(), or how many.") for device in devices
+        ]
+        if not chosen or len(set(chosen)) < len(chosen):
+            raise ValueError(f"devices: expected one or more, each once, got {chosen}.")
+        return make_devices(chosen)
     count = checks.count("devices", devices, checks.Bounds(at_least=1))
     if count > len(everyone):
         remedy = 'On a CPU, make more with  jax.config.update("jax_num_cpu_devices", 8)  before anything else.'

@@ -127,6 +127,7 @@ class Profile:
         config = build.resolved(RunConfig.read(self.config, self.set))
         if self.out is not None and (self.out.is_dir() or not self.out.absolute().parent.is_dir()):
             raise ValueError(f"--out {self.out}: expected a file in a folder that exists, such as profile.json.")
+        make_devices(config.simulation.devices)
         built = build.build(config)
         state = built.simulation.init(key=jax.random.key(config.run.seed))
         build.check_round(built.simulation, state)

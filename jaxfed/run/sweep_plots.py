@@ -73,7 +73,8 @@ def by_setting(settings: list[Setting], histories: list[list[Row]]) -> dict[str,
 
 def _draw(axes: Any, number: int, label: str, columns: list[tuple[np.ndarray, np.ndarray]]) -> None:
     rounds, values = columns[0][0], np.stack([values for _, values in columns])
-    mean, deviation = values.mean(0), values.std(0)
+    with np.errstate(invalid="ignore"):  # a setting that diverges has infinities
+        mean, deviation = values.mean(0), values.std(0)
     color, dashes = COLORS[number % len(COLORS)], ("-", "--", ":")[number // len(COLORS) % 3]
     few = len(rounds) <= 30
     axes.plot(rounds, mean, dashes, color=color, linewidth=1.4, marker="o" if few else None, markersize=2.5, label=label)

@@ -51,16 +51,6 @@ ROUNDS = RULES | {
 QUICK = ("median", "krum", "centred clipping")
 
 
-@pytest.fixture
-def _compile_fast():
-    """Programs run for milliseconds here and compile for seconds."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
-@pytest.mark.usefixtures("_compile_fast")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in ROUNDS])
 def test_rounds_equal_a_loop_for_any_lanes(name):
     rule, paper = ROUNDS[name]
@@ -80,7 +70,6 @@ def counting_loss(params, stats, batch, key):
     return jnp.square(batch["y"] - params), {"seen": batch["y"][0].astype(jnp.bfloat16), "version": stats["version"] + 1}
 
 
-@pytest.mark.usefixtures("_compile_fast")
 @pytest.mark.parametrize("rule", [Median(), Krum(1)], ids=["coordinates", "weights"])
 def test_statistics_keep_their_types(rule):
     model = jaxfed.Model(init=print, loss=counting_loss, predict=print, metrics=print)

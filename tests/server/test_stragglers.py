@@ -32,14 +32,6 @@ class Some(Selector, register=False):
         return state + 1
 
 
-@pytest.fixture(autouse=True)
-def _compile_fast():
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
-
-
 @partial(jax.jit, static_argnames=("population",))
 def select(selector, keys, population):
     return jax.vmap(lambda key: selector.select((), key, jnp.array(0), population))(keys)

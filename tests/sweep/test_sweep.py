@@ -178,3 +178,10 @@ def test_schedules_and_parts_in_lists_have_names():
     assert jaxfed.hyperparameters.find(tree, "modules.1.beta").keys[-2].idx == 1
     with pytest.raises(ValueError, match="may mean"):
         jaxfed.hyperparameters.find(tree, "momentum.beta")
+
+
+def test_a_setting_that_diverges_makes_no_warning():
+    rows = [{"setting": seed, "seed": seed, "loss": np.inf} for seed in (0, 1)]
+    (found,) = sweeping.summary(rows, ["seed"])
+    assert found["loss"] == np.inf
+    assert np.isnan(found["loss_std"])
