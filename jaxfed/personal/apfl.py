@@ -8,7 +8,7 @@ import optax
 
 from jaxfed import part, trees
 from jaxfed.base import Broadcast, Params, RoundStart, Stats, Upload
-from jaxfed.client.batches import PERSONAL, ClientRows
+from jaxfed.client.batches import OPTIMIZER, PERSONAL, ClientRows
 from jaxfed.client.local import LocalTraining, metrics_of
 from jaxfed.optimizer.optimizer import Optimizer
 from jaxfed.personal.wrapper import (
@@ -103,8 +103,8 @@ class APFL(Wrapper):
 
     def run(self, start: Broadcast, kept: APFLKept, rows: ClientRows, key: jax.Array) -> tuple[Upload, APFLKept]:
         """Trains both models, uploads the global one's change."""
-        optimizer_key, batch_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-        batches = self.client.batches.of(rows, batch_key)
+        optimizer_key = jax.random.fold_in(key, OPTIMIZER)
+        batches = self.client.batches.of(rows, key)
         carry = (*self._begin(start, kept, optimizer_key), kept.alpha, jnp.array(True), jnp.zeros(()))
         local, personal, alpha, _, total = batches.fold(self._step, carry)
         client, aux = self.client.optimizer.end_round(local.state, start.params, local.params)

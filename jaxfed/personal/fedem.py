@@ -10,7 +10,7 @@ from jax.typing import ArrayLike
 
 from jaxfed import checks, part, trees
 from jaxfed.base import Batch, Broadcast, ClientUpdate, Model, Params, RoundStart, Stats, Upload
-from jaxfed.client.batches import Batches, BatchPolicy, ClientRows
+from jaxfed.client.batches import OPTIMIZER, Batches, BatchPolicy, ClientRows
 from jaxfed.client.gradients import GradientRule, MeanGradient
 from jaxfed.client.local import metrics_of
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
@@ -140,8 +140,8 @@ class FedEM(ClientUpdate):
 
     def run(self, start: Broadcast, kept: FedEMKept, rows: ClientRows, key: jax.Array) -> tuple[Upload, FedEMKept]:
         """Trains each model on its share of every example, and renews the mixture weights."""
-        optimizer_key, batch_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-        batches = self.batches.of(rows, batch_key)
+        optimizer_key = jax.random.fold_in(key, OPTIMIZER)
+        batches = self.batches.of(rows, key)
         weights = self._mean_posterior(kept.weights, start, batches)
         carry = (start.params, start.stats, self._start_optimizers(start, kept.optimizer, optimizer_key), jnp.zeros(()))
 

@@ -9,7 +9,7 @@ from jax.typing import ArrayLike
 
 from jaxfed import part, trees
 from jaxfed.base import Batch, Broadcast, ClientUpdate, Model, Params, RoundStart, Stats, Upload
-from jaxfed.client.batches import PERSONAL, BatchPolicy, ClientRows
+from jaxfed.client.batches import OPTIMIZER, PERSONAL, BatchPolicy, ClientRows
 from jaxfed.client.gradients import GradientRule, MeanGradient, as_model
 from jaxfed.client.local import metrics_of
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
@@ -118,8 +118,8 @@ class PFedMe(ClientUpdate):
 
     def train(self, start: Broadcast, kept: tuple, rows: ClientRows, key: jax.Array) -> tuple[Inner, Upload, tuple]:
         """``(personal model, upload, kept)`` after a round's work."""
-        optimizer_key, batch_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-        batches = self.batches.of(rows, batch_key)
+        optimizer_key = jax.random.fold_in(key, OPTIMIZER)
+        batches = self.batches.of(rows, key)
         anchor = RoundStart(start.params, start.stats, {}, start.round, optimizer_key)
         outer = self.optimizer.start_round(kept[0], anchor)
         state = self.personal.start_round(kept[1], anchor._replace(key=jax.random.fold_in(optimizer_key, PERSONAL)))
