@@ -4,6 +4,8 @@ While a cohort trains, the host reads the next one's page; a client that takes p
 """
 
 import dataclasses
+import errno
+import shutil
 import tempfile
 from collections.abc import Callable
 from functools import partial
@@ -24,6 +26,8 @@ from jaxfed.placement import Placement
 
 # Clients whose kept rows are copied at a time.
 _BLOCK = 1024
+# Disks give room by so many bytes.
+_SECTOR = 4096
 
 
 @jax.tree_util.register_dataclass
@@ -101,7 +105,7 @@ class Pager:
         ids, copy = np.flatnonzero(seen), self.table(len(seen))
         for first in range(0, len(ids), _BLOCK):
             some = ids[first : first + _BLOCK]
-            _write(copy, some, jax.tree.map(lambda x: _data(x[some]), table))  # noqa: B023  (called at once)
+            self._put(copy, some, jax.tree.map(lambda x: _data(x[some]), table))  # noqa: B023  (called at once)
         return copy
 
     def population(self, ids: np.ndarray) -> Population:
@@ -134,7 +138,16 @@ class Pager:
         machine = jax.process_index() if self.devices.machines > 1 else 0
         places = np.flatnonzero(np.asarray(counts) & (ids // self.placement.per_machine == machine))
         rows = jax.tree.map(lambda x: self.devices.local_rows(_data(x))[places], kept)
-        _write(table, ids[places], rows)
+        self._put(table, ids[places], rows)
+
+    def _put(self, table: Any, ids: np.ndarray, rows: Any) -> None:
+        if self.folder is not None:
+            # A hole in a mapped file that the disk cannot fill ends the process without a word.
+            needed = sum(len(x) * -(-x[:1].nbytes // _SECTOR) * _SECTOR for x in jax.tree.leaves(rows))
+            if needed > shutil.disk_usage(self.folder).free:
+                raise OSError(errno.ENOSPC, f"No room for {needed} bytes of what clients keep", str(self.folder))
+        for array, new in zip(jax.tree.leaves(table), jax.tree.leaves(rows), strict=True):
+            array[ids] = new
 
 
 class _Visited(NamedTuple):
@@ -208,11 +221,6 @@ def _places_in(last: np.ndarray, ids: np.ndarray, pager: Pager) -> jax.Array:
 def with_keys(table: Any, rows: Any) -> Any:
     """A table for the devices, where keys are keys; on the host they are numbers."""
     return jax.tree.map(lambda x, row: x if x.dtype == row.dtype else _undata(jnp.asarray(x), row), table, rows)
-
-
-def _write(table: Any, ids: np.ndarray, rows: Any) -> None:
-    for array, new in zip(jax.tree.leaves(table), jax.tree.leaves(rows), strict=True):
-        array[ids] = new
 
 
 def _data(x: Any) -> Any:

@@ -54,6 +54,7 @@ class Simulation:
 
     Raises:
         TypeError, ValueError: For parts of the wrong type, a cohort larger than the population, or data without rows.
+        OSError: While rounds run, if the disk of the folder ``paged`` is full.
 
     Example:
         >>> import jax, jax.numpy as jnp, jaxfed

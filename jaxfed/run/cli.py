@@ -1,6 +1,7 @@
 """The ``jaxfed`` command: parses arguments, and says a sentence instead of a traceback where something is wrong.
 
-Exit status: 0 done, 2 wrong input, 130 stopped by Ctrl-C. ``JAXFED_DEBUG=1`` shows the traceback too.
+Exit status: 0 done, 2 wrong input, 3 another process of the run has ended, 130 stopped by Ctrl-C.
+``JAXFED_DEBUG=1`` shows the traceback too.
 """
 
 import os
@@ -11,6 +12,7 @@ from typing import Any
 
 import jax
 
+from jaxfed.run import machines
 from jaxfed.run.environment import extra
 
 _WRONG_INPUT, _INTERRUPTED = 2, 130
@@ -18,7 +20,7 @@ _LONGEST = 600
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs the command.
+    """Runs the command. Of several processes, one that fails ends here.
 
     Args:
         arguments: Without the program's name; those of the command line by default.
@@ -26,6 +28,10 @@ def main(arguments: list[str] | None = None) -> int:
     Returns:
         The exit status.
     """
+    return machines.leave(_status(arguments))
+
+
+def _status(arguments: list[str] | None) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("default")
         warnings.showwarning = _show_warning

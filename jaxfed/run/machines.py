@@ -3,13 +3,18 @@
 import contextlib
 import dataclasses
 import os
+import re
 import sys
+import threading
 from collections.abc import Iterator
 
 import jax
 from jax.experimental import multihost_utils
 
 _HEARTBEAT_SECONDS = 30
+_ADDRESS = re.compile(r".+:\d{1,5}")
+_parted = threading.Event()
+_parted.set()
 LOST = 3
 """The exit status when another process of the run has ended."""
 
@@ -47,12 +52,19 @@ class Machines:
         jax.distributed.initialize(
             self.coordinator, self.processes, self.process_id, heartbeat_timeout_seconds=_HEARTBEAT_SECONDS
         )
+        _parted.clear()
         try:
             yield
-        except jax.errors.JaxRuntimeError as error:
-            # The way out through Python would wait for the process that is gone.
-            _leave(error)
+        except Exception as error:
+            if not _is_lost(error):
+                raise
+            if os.environ.get("JAXFED_DEBUG"):
+                print(error, file=sys.stderr)
+            text = "Another process of this run has ended, or cannot be reached. Start all processes again with  jaxfed resume"
+            print(f"jaxfed: process {jax.process_index()}: {text}.", file=sys.stderr, flush=True)
+            leave(LOST)
         jax.distributed.shutdown()
+        _parted.set()
 
     def _check(self) -> None:
         given = {"--coordinator": self.coordinator, "--processes": self.processes, "--process-id": self.process_id}
@@ -61,6 +73,8 @@ class Machines:
             raise ValueError("--cluster takes everything from the launcher's environment. Leave out " + ", ".join(given) + ".")
         if not self.cluster and 0 < len(missing) < 3:
             raise ValueError(f"Several processes need {', '.join(given)}; {', '.join(missing)} is missing.")
+        if self.coordinator is not None and not _ADDRESS.fullmatch(self.coordinator):
+            raise ValueError(f"--coordinator: expected HOST:PORT, got {self.coordinator!r}.")
         if self.processes is not None and not 0 <= (self.process_id or 0) < self.processes:
             raise ValueError(f"--process-id: expected 0 to {self.processes - 1}, got {self.process_id}.")
 
@@ -76,10 +90,18 @@ def meet(where: str) -> None:
         multihost_utils.sync_global_devices(where)
 
 
-def _leave(error: Exception) -> None:
-    if os.environ.get("JAXFED_DEBUG"):
-        print(error, file=sys.stderr)
-    text = "Another process of this run has ended, or cannot be reached. Start all processes again with  jaxfed resume"
-    print(f"jaxfed: process {jax.process_index()}: {text}.", file=sys.stderr, flush=True)
-    sys.stdout.flush()
-    os._exit(LOST)
+def leave(status: int) -> int:
+    """The status, for a process that is alone or has parted from the others; any other one ends here, so that these notice.
+
+    The way out through Python would wait for the others, who wait for this one.
+    """
+    if not _parted.is_set():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _is_lost(error: Exception) -> bool:
+    # Some of a collective's errors come as ValueError.
+    return isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)

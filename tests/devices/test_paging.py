@@ -1,5 +1,7 @@
 """Data and kept rows on the host, a page of them on the devices: nothing but the place changes."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,6 +161,15 @@ def rolls(simulation, state):
     kept = simulation.portable(state).kept.kept[0]
     keys = jax.random.key_data(kept["key"]) if jnp.issubdtype(kept["key"].dtype, jax.dtypes.prng_key) else kept["key"]
     return [np.asarray(x) for x in (kept["rolls"], keys, state.params["bias"])]
+
+
+def test_a_full_disk_is_an_error_and_not_the_end_of_the_process(tmp_path, monkeypatch):
+    """A file is longer than what it takes of the disk, so that only a write finds out, and is answered with a signal."""
+    paged, start = simulate(SCAFFOLD, **SELECTED, paged=tmp_path)
+    used = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: used._replace(free=4096))
+    with pytest.raises(OSError, match=r"No room for \d+ bytes of what clients keep"):
+        paged.run(start, rounds=2)
 
 
 def test_what_paged_takes(tmp_path):

@@ -23,6 +23,8 @@ whole, chunks = training.row_of, []
 
 def row_of(report):
     if report.round > int(sys.argv[1]):
+        if int(sys.argv[1]) == 0:
+            raise OSError(28, "No space left on device")
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(report)
 
@@ -47,13 +49,13 @@ def start(tmp_path, number, port, *arguments, dies_after=None):
     return subprocess.Popen(call, env=os.environ | cache, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def together(tmp_path, *arguments, dies_after=None):
+def together(tmp_path, *arguments, dies_after=None, seconds=240):
     """Both processes' exit status and what they said; the second may die."""
     port = free_port()
     deaths = (None, dies_after)
     processes = [start(tmp_path, number, port, *arguments, dies_after=deaths[number]) for number in range(2)]
     try:
-        said = [process.communicate(timeout=240) for process in processes]
+        said = [process.communicate(timeout=seconds) for process in processes]
     finally:
         for process in processes:
             process.kill()
@@ -83,12 +85,24 @@ def test_two_processes_are_one_and_go_on_after_a_death(table, tmp_path, capsys):
     assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=2e-5)
 
 
+@pytest.mark.skipif(os.name != "posix", reason="ends a process at once")
+def test_a_process_that_fails_ends_the_other(table, tmp_path):
+    """On the way out through Python each would wait for the other."""
+    (tmp_path / "run.toml").write_text(RunConfig.from_dict(table).to_toml())
+    codes, said = together(tmp_path, "run", str(tmp_path / "run.toml"), dies_after=0, seconds=120)
+    assert codes == [LOST, 2], said
+    assert "process 0: Another process of this run has ended" in said[0][1]
+    assert "jaxfed: No space left on device." in said[1][1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
         ({"coordinator": "here:1"}, "--processes, --process-id is missing"),
         ({"processes": 2, "process_id": 0}, "--coordinator is missing"),
         ({"coordinator": "here:1", "processes": 2, "process_id": 2}, "expected 0 to 1, got 2"),
+        ({"coordinator": "here", "processes": 2, "process_id": 0}, "--coordinator: expected HOST:PORT, got 'here'"),
+        ({"coordinator": "here:", "processes": 2, "process_id": 0}, "expected HOST:PORT"),
         ({"cluster": True, "processes": 2}, "Leave out"),
     ],
 )
