@@ -3,7 +3,7 @@
 ``jaxfed.data.partition`` is the module; its function of that name looks a partition up: ``partition.partition("iid", ...)``.
 """
 
-from jaxfed.data.datasets import DATASETS, digits, load, npz, npz_arrays, synthetic
+from jaxfed.data.datasets import DATASETS, digits, linear_mixture, load, npz, npz_arrays, synthetic
 from jaxfed.data.federated import FederatedData
 from jaxfed.data.partition import (
     PARTITIONS,
@@ -25,6 +25,7 @@ __all__ = [
     "dirichlet_by_client",
     "dirichlet_by_label",
     "iid",
+    "linear_mixture",
     "load",
     "lognormal_sizes",
     "natural",
