@@ -7,6 +7,7 @@ from jaxfed.data.datasets import DATASETS, digits, linear_mixture, load, npz, np
 from jaxfed.data.federated import FederatedData
 from jaxfed.data.partition import (
     PARTITIONS,
+    by_similarity,
     dirichlet_by_client,
     dirichlet_by_label,
     iid,
@@ -21,6 +22,7 @@ __all__ = [
     "DATASETS",
     "PARTITIONS",
     "FederatedData",
+    "by_similarity",
     "digits",
     "dirichlet_by_client",
     "dirichlet_by_label",
