@@ -3,10 +3,11 @@
 ``jaxfed.data.partition`` is the module; its function of that name looks a partition up: ``partition.partition("iid", ...)``.
 """
 
-from jaxfed.data.datasets import DATASETS, digits, load, npz, npz_arrays, synthetic
+from jaxfed.data.datasets import DATASETS, digits, linear_mixture, load, npz, npz_arrays, synthetic
 from jaxfed.data.federated import FederatedData
 from jaxfed.data.partition import (
     PARTITIONS,
+    by_similarity,
     dirichlet_by_client,
     dirichlet_by_label,
     iid,
@@ -21,10 +22,12 @@ __all__ = [
     "DATASETS",
     "PARTITIONS",
     "FederatedData",
+    "by_similarity",
     "digits",
     "dirichlet_by_client",
     "dirichlet_by_label",
     "iid",
+    "linear_mixture",
     "load",
     "lognormal_sizes",
     "natural",

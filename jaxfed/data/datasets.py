@@ -15,6 +15,7 @@ from jaxfed.data.partition import PARTITIONS, check_options
 Keys = Sequence[str] | Mapping[str, str] | None
 
 FEATURES, CLASSES = 60, 10
+_MOST_ROWS = 1000
 
 
 def digits() -> dict[str, np.ndarray]:
@@ -68,6 +69,63 @@ def synthetic(alpha: float, beta: float, *, clients: int = 30, seed: int, iid: b
     x, y = (np.concatenate(column) for column in zip(*rows))
     arrays = {"x": x.astype(np.float32), "y": y.astype(np.int32)}
     return FederatedData.from_arrays(arrays, np.repeat(np.arange(clients), sizes))
+
+
+def linear_mixture(
+    *,
+    clients: int = 300,
+    components: int = 3,
+    features: int = 150,
+    alpha: float = 0.4,
+    noise: float = 0.1,
+    test_rows: int = 5000,
+    published_labels: bool = False,
+    seed: int,
+) -> FederatedData:
+    r"""FedEM's synthetic federation: every client mixes the same few linear classifiers in proportions of its own.
+
+    .. math:: \theta_m \sim U(-1, 1)^d, \; \pi_k \sim \mathrm{Dir}(\alpha), \; x \sim U(-1, 1)^d, \; m \sim \pi_k, \quad
+        y = [x \theta_m + N(0, \sigma^2) > 0]
+
+    Training sizes are ``int(lognormal(4, 2)) + 50``, at most 1000. NumPy's legacy generator draws in the order of the authors'
+    code, which FederatedScope shares.
+
+    Args:
+        components: How many classifiers.
+        features: :math:`d`.
+        alpha: Concentration of the clients' proportions; the smaller, the less alike are clients.
+        noise: :math:`\sigma`.
+        test_rows: Test rows of every client, drawn like its training rows.
+        published_labels: As the authors' code labels, which writes the rows of every component over those of the first: rows
+            past the largest component's count keep label 0, some 63 % of all. Published figures are of such labels.
+
+    Returns:
+        ``x`` float32 ``[examples, d]``, ``y`` int32 0 or 1, and ``is_test``, by which :meth:`FederatedData.split_by` splits.
+
+    >>> train, test = linear_mixture(clients=20, test_rows=100, seed=0).split_by("is_test")
+    >>> train.sizes.min().item(), set(test.sizes.tolist())
+    (57, {100})
+
+    References:
+        Marfoq et al., `Federated Multi-Task Learning under a Mixture of Distributions <https://arxiv.org/abs/2108.10252>`_, 2021
+    """
+    counts = {"clients": clients, "components": components, "features": features}
+    clients, components, features = (scalar(checks.count, f"linear_mixture.{k}", v, at_least=1) for k, v in counts.items())
+    test_rows = scalar(checks.count, "linear_mixture.test_rows", test_rows, at_least=0)
+    alpha = scalar(checks.number, "linear_mixture.alpha", alpha, above=0)
+    noise = scalar(checks.number, "linear_mixture.noise", noise, at_least=0)
+    rng = np.random.RandomState(scalar(checks.count, "linear_mixture.seed", seed, at_least=0, below=2**32))
+    sizes = np.minimum(rng.lognormal(4, 2, clients).astype(int) + 50, _MOST_ROWS)
+    proportions = [rng.dirichlet(np.full(components, alpha)) for _ in range(clients)]
+    theta = rng.uniform(-1, 1, (components, features))
+    rows = []
+    for own, size in zip(proportions, sizes):
+        for count in (size, test_rows):
+            rows.append(_mixed_rows(rng, count, own, theta, noise, published_labels))
+    x, y = (np.concatenate(column) for column in zip(*rows))
+    halves = np.column_stack([sizes, np.full(clients, test_rows)])
+    is_test = np.repeat(np.tile([0, 1], clients), halves.ravel()).astype(np.uint8)
+    return FederatedData.from_arrays({"x": x, "y": y, "is_test": is_test}, np.repeat(np.arange(clients), halves.sum(1)))
 
 
 def npz(path: str | Path, *, client_key: str = "client", keys: Keys = None) -> FederatedData:
@@ -125,7 +183,12 @@ def stored(path: str | Path) -> FederatedData:
     return FederatedData.open(path)
 
 
-FEDERATIONS: dict[str, Callable[..., FederatedData]] = {"synthetic": synthetic, "npz": npz, "stored": stored}
+FEDERATIONS: dict[str, Callable[..., FederatedData]] = {
+    "synthetic": synthetic,
+    "linear-mixture": linear_mixture,
+    "npz": npz,
+    "stored": stored,
+}
 """Data sets that bring their clients."""
 
 ARRAYS: dict[str, Callable[..., dict[str, np.ndarray]]] = {"digits": digits, "npz": npz_arrays}
@@ -217,6 +280,20 @@ def _labelled(
     # The same numbers as multivariate_normal with this diagonal, without its decomposition.
     x = center + rng.standard_normal((size, FEATURES)) * np.sqrt(np.arange(1, FEATURES + 1) ** -1.2)
     return x, np.argmax(x @ weight + bias, axis=1)
+
+
+def _mixed_rows(
+    rng: np.random.RandomState, size: int, proportions: np.ndarray, theta: np.ndarray, noise: float, published_labels: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    counts = rng.multinomial(size, proportions)
+    x = rng.uniform(-1, 1, (size, theta.shape[1]))
+    y = np.zeros(size, np.int32)
+    starts = np.zeros_like(counts) if published_labels else np.cumsum(counts) - counts
+    for start, count, direction in zip(starts, counts, theta):
+        own = slice(start, start + count)
+        y[own] = x[own] @ direction + rng.normal(0, noise, count) > 0
+    order = rng.permutation(size)
+    return x[order].astype(np.float32), y[order]
 
 
 def _open(path: str | Path) -> Any:

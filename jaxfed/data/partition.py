@@ -145,6 +145,34 @@ def pathological(labels: Any, *, clients: int, labels_per_client: int, seed: int
     return ids
 
 
+def by_similarity(labels: Any, *, clients: int, similarity: float, seed: int) -> np.ndarray:
+    """A share of all examples is dealt at random, the rest sorted by label and cut into one piece for each client.
+
+    Sizes are equal within one. With ``similarity=0`` a client has few labels, with 1 all clients are alike.
+
+    Args:
+        labels: Integers or strings ``[examples]``.
+        similarity: The share that is dealt at random, 0 to 1.
+
+    >>> by_similarity([0, 1, 0, 1, 0, 1, 0, 1], clients=2, similarity=0.0, seed=0)
+    array([0, 1, 0, 1, 0, 1, 0, 1])
+
+    References:
+        Karimireddy et al., `SCAFFOLD: Stochastic Controlled Averaging <https://arxiv.org/abs/1910.06378>`_, 2020
+    """
+    codes = _codes(labels)
+    clients = _checked_clients("by_similarity", clients, len(codes))
+    similarity = scalar(checks.number, "by_similarity.similarity", similarity, at_least=0, at_most=1)
+    order = generator("by_similarity.seed", seed).permutation(len(codes))
+    alike, rest = np.split(order, [round(similarity * len(codes))])
+    dealt = np.arange(len(codes)) % clients
+    pieces = np.bincount(dealt[len(alike) :], minlength=clients)
+    ids = np.empty(len(codes), np.int64)
+    ids[alike] = dealt[: len(alike)]
+    ids[rest[np.argsort(codes[rest], kind="stable")]] = np.repeat(np.arange(clients), pieces)
+    return ids
+
+
 def quantity_skew(labels: Any, *, clients: int, alpha: float, min_size: int = 1, seed: int) -> np.ndarray:
     r"""Examples at random, sizes in proportions :math:`p \sim \mathrm{Dir}_N(\alpha, \dots, \alpha)`: only sizes are skewed.
 
@@ -198,6 +226,7 @@ PARTITIONS: dict[str, Callable[..., np.ndarray]] = {
     "dirichlet-by-client": dirichlet_by_client,
     "shards": shards,
     "pathological": pathological,
+    "similarity": by_similarity,
     "quantity-skew": quantity_skew,
     "lognormal-sizes": lognormal_sizes,
     "natural": natural,

@@ -93,6 +93,40 @@ class MnistCNN(nn.Module):
         return _Dense(self.classes)(nn.relu(_Dense(512)(_flat(x))))
 
 
+class LeNet(nn.Module):
+    """Two 5x5 convolutions (6 and 16 channels), each with 2x2 max pooling, and 120 and 84 dense units."""
+
+    classes: int = 10
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits ``[B, classes]``."""
+        x = _image(x)
+        for channels in (6, 16):
+            x = layers.max_pool(nn.relu(_Conv(channels, (5, 5), padding="VALID")(x)), (2, 2), (2, 2))
+        x = _flat(x)
+        for width in (120, 84):
+            x = nn.relu(_Dense(width)(x))
+        return _Dense(self.classes)(x)
+
+
+class ConvNet2(nn.Module):
+    """Two 5x5 convolutions (32 and 64 channels), each with batch norm and 2x2 max pooling, and dense units."""
+
+    classes: int = 62
+    hidden: int = 2048
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+        """Logits ``[B, classes]``."""
+        x = _image(x)
+        for channels in (32, 64):
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(_Conv(channels, (5, 5))(x))
+            x = layers.max_pool(nn.relu(x), (2, 2), (2, 2))
+        x = nn.relu(_Dense(self.hidden)(_flat(x)))
+        return _Dense(self.classes)(x)
+
+
 class CharLSTM(nn.Module):
     """Characters embedded in 8 dimensions, two LSTM layers of 256 units, and a dense layer at every position."""
 
@@ -204,6 +238,41 @@ def mnist_cnn(sample: Mapping[str, Any], *, classes: int = 10) -> Model:
     return from_linen(MnistCNN(_num_classes(sample, classes)), sample)
 
 
+def lenet(sample: Mapping[str, Any], *, classes: int = 10) -> Model:
+    """The LeNet of NIID-Bench: 44,426 weights for 28x28 pixels and 10 classes.
+
+    Args:
+        sample: Rows of the data at ``"x"`` ``[1 or more, height, width]`` (and channels) and ``"y"``.
+        classes: How many.
+
+    Raises:
+        ValueError: If the labels are not integers from 0 to classes - 1, or the inputs no images.
+
+    References:
+        Li et al., `Federated Learning on Non-IID Data Silos <https://arxiv.org/abs/2102.02079>`_, 2022
+    """
+    _check_images(sample)
+    return from_linen(LeNet(_num_classes(sample, classes)), sample)
+
+
+def convnet2(sample: Mapping[str, Any], *, classes: int = 62, hidden: int = 2048) -> Model:
+    """The ConvNet2 of FederatedScope, with batch norms: 6,603,902 weights for 62 classes.
+
+    Args:
+        sample: Rows of the data at ``"x"`` ``[1 or more, 28, 28]`` and ``"y"``.
+        classes: How many.
+        hidden: Dense units.
+
+    Raises:
+        ValueError: If the labels are not integers from 0 to classes - 1, or the inputs no images.
+
+    References:
+        Xie et al., `FederatedScope <https://arxiv.org/abs/2204.05011>`_, 2022
+    """
+    _check_images(sample)
+    return from_linen(ConvNet2(_num_classes(sample, classes), _width("convnet2: hidden", hidden)), sample)
+
+
 def char_lstm(sample: Mapping[str, Any], *, classes: int = 90, embedding: int = 8, hidden: Sequence[int] = (256, 256)) -> Model:
     """The character LSTM of Reddi et al. for Shakespeare: 820,522 weights for 90 characters.
 
@@ -242,6 +311,8 @@ MODELS: dict[str, Callable[..., Model]] = {
     "mlp": mlp,
     "emnist-cnn": emnist_cnn,
     "mnist-cnn": mnist_cnn,
+    "lenet": lenet,
+    "convnet2": convnet2,
     "char-lstm": char_lstm,
 }
 """The functions ``(sample, **options) -> Model`` by name."""

@@ -6,7 +6,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from jaxfed.data import DATASETS, FederatedData, digits, load, npz, npz_arrays, synthetic
+from jaxfed.data import DATASETS, FederatedData, digits, linear_mixture, load, npz, npz_arrays, synthetic
 
 # ---- digits
 
@@ -100,6 +100,68 @@ def test_alpha_zero_and_beta_zero_is_not_iid():
 def test_bad_recipes_are_refused(change, error, text):
     with pytest.raises(error, match=text):
         synthetic(**{"alpha": 1, "beta": 1, "seed": 0, **change})
+
+
+# ---- linear_mixture
+
+
+def label(x, j, counts, noises, theta, published):
+    """FedEM's label of row j: its own component's, or the last one's that has so many rows."""
+    ends = np.cumsum(counts)
+    own = [m for m, count in enumerate(counts) if (j < count if published else ends[m] - count <= j < ends[m])]
+    if not own:
+        return 0
+    m = own[-1]
+    place = j if published else j - (ends[m] - counts[m])
+    return int(np.round(1 / (1 + np.exp(-(x[j] @ theta[m] + noises[m][place])))))
+
+
+def mixture_recipe(seed, published, clients, test_rows):
+    """FedEM's recipe, one row at a time: ``(x, y)`` of each client's training and test rows."""
+    rng = np.random.RandomState(seed)
+    sizes = [min(int(draw) + 50, 1000) for draw in rng.lognormal(4, 2, clients)]
+    proportions = [rng.dirichlet([0.4] * 3) for _ in range(clients)]
+    theta = rng.uniform(-1, 1, size=(3, 150))
+    for k in range(clients):
+        for size in (sizes[k], test_rows):
+            counts = rng.multinomial(size, proportions[k])
+            x = rng.uniform(-1, 1, size=(size, 150))
+            noises = [rng.normal(size=count, scale=0.1) for count in counts]
+            y = np.array([label(x, j, counts, noises, theta, published) for j in range(size)])
+            order = np.arange(size)
+            rng.shuffle(order)
+            yield x[order], y[order]
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_linear_mixture_follows_the_recipe(published):
+    halves = linear_mixture(clients=6, test_rows=80, published_labels=published, seed=3).split_by("is_test")
+    expected = mixture_recipe(3, published, clients=6, test_rows=80)
+    for k in range(6):
+        for half in halves:
+            x, y = next(expected)
+            np.testing.assert_allclose(half.client(k)["x"], x, rtol=1e-6)
+            np.testing.assert_array_equal(half.client(k)["y"], y)
+
+
+def test_published_labels_favour_zero():
+    """A constant classifier is right on 63.2 % of the published labels, and on half of the mended ones."""
+    shares = [np.mean(linear_mixture(test_rows=200, published_labels=p, seed=12345).arrays["y"] == 0) for p in (True, False)]
+    np.testing.assert_allclose(shares, [0.632, 0.505], atol=0.01)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"clients": 0}, "linear_mixture.clients: .* at least 1"),
+        ({"alpha": 0}, "linear_mixture.alpha: .* above 0"),
+        ({"noise": -1}, "linear_mixture.noise: .* at least 0"),
+        ({"test_rows": -1}, "linear_mixture.test_rows: .* at least 0"),
+    ],
+)
+def test_bad_mixtures_are_refused(change, text):
+    with pytest.raises(ValueError, match=text):
+        linear_mixture(**{"seed": 0, **change})
 
 
 # ---- npz
@@ -252,4 +314,4 @@ def test_bad_requests_are_refused(name, options, error, text):
 
 
 def test_the_table_of_names():
-    assert set(DATASETS) == {"digits", "synthetic", "npz", "stored"}
+    assert set(DATASETS) == {"digits", "synthetic", "linear-mixture", "npz", "stored"}

@@ -12,6 +12,7 @@ from jaxfed.data.partition import (
     PARTITIONS,
     _even_quotas,
     _repair,
+    by_similarity,
     dirichlet_by_client,
     dirichlet_by_label,
     iid,
@@ -31,6 +32,7 @@ DEALT = [
     ("dirichlet-by-client", {"alpha": 5.0}),
     ("shards", {"shards_per_client": 3}),
     ("pathological", {"labels_per_client": 2}),
+    ("similarity", {"similarity": 0.1}),
     ("quantity-skew", {"alpha": 0.1}),
     ("lognormal-sizes", {"sigma": 3.0, "min_size": 3}),
 ]
@@ -277,6 +279,24 @@ def test_all_pairs_of_labels_occur():
     assert times.min() > 10
 
 
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9, 1.0])
+def test_a_share_is_alike_and_the_rest_is_runs_of_the_sorted_examples(share):
+    """10 labels of 600 over 20 clients: half a label each, and of the share 30 times as much of every label on average."""
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 600))
+    counts = table(labels, by_similarity(labels, clients=20, similarity=share, seed=1))
+    np.testing.assert_array_equal(counts.sum(1), 300)
+    own = np.arange(20) // 2
+    foreign = counts.sum() - counts[np.arange(20), own].sum()
+    # Of what is dealt at random nine tenths are of other labels; sorted pieces are of one, up to what chance took of each label.
+    assert abs(foreign / 6000 - 0.9 * share) < 0.03
+
+
+def test_similar_sizes_differ_by_one_at_most():
+    for share in (0.0, 0.37, 1.0):
+        sizes = np.bincount(by_similarity(LABELS, clients=7, similarity=share, seed=0), minlength=7)
+        assert np.ptp(sizes) <= 1
+
+
 @pytest.mark.parametrize(("most", "slots"), [([5, 5, 5], 9), ([1, 9, 9], 9), ([2, 2, 9], 12), ([3, 3, 3], 9)])
 def test_quotas_are_even_where_they_can_be(most, slots):
     quotas = _even_quotas(np.array(most), slots, np.random.default_rng(0))
@@ -355,6 +375,7 @@ Y = [0, 1, 2] * 4
         ("dirichlet", Y, {"clients": 4, "alpha": 1, "min_size": 0, "seed": 0}, ValueError, "min_size: .* at least 1"),
         ("dirichlet-by-client", Y, {"clients": 4, "alpha": 0, "seed": 0}, ValueError, "above 0"),
         ("quantity-skew", Y, {"clients": 4, "alpha": 0, "seed": 0}, ValueError, "above 0"),
+        ("similarity", Y, {"clients": 4, "similarity": 1.5, "seed": 0}, ValueError, "at most 1"),
         ("lognormal-sizes", Y, {"clients": 4, "sigma": -1, "seed": 0}, ValueError, "at least 0"),
         ("shards", Y, {"clients": 4, "shards_per_client": 4, "seed": 0}, ValueError, "need 16, got 12"),
         ("shards", Y, {"clients": 4, "shards_per_client": 0, "seed": 0}, ValueError, "at least 1"),
@@ -370,6 +391,6 @@ def test_bad_input_is_refused(name, labels, options, error, text):
 
 
 def test_the_table_holds_the_known_names():
-    known = {"iid", "dirichlet", "dirichlet-by-client", "shards", "pathological", "quantity-skew", "natural"}
+    known = {"iid", "dirichlet", "dirichlet-by-client", "shards", "pathological", "quantity-skew", "natural", "similarity"}
     assert known <= set(PARTITIONS)
     assert PARTITIONS["dirichlet"] is dirichlet_by_label

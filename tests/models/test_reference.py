@@ -22,6 +22,10 @@ def _weights(model):
     return jax.tree.map(lambda x: jnp.asarray(RNG.normal(0, 0.05, x.shape), x.dtype), params)
 
 
+def _ones(shapes):
+    return jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), shapes)
+
+
 def _key(seed=0):
     return jax.random.key(seed)
 
@@ -37,12 +41,15 @@ def _batch(sample):
         ("mlp", {"classes": 10}, 199_210),  # the 2NN of McMahan et al., section 3
         ("emnist-cnn", {}, 1_206_590),
         ("mnist-cnn", {}, 1_663_370),  # McMahan et al., section 3
+        ("lenet", {}, 44_426),
+        # Convolutions and two numbers a channel for the batch norm, then 3136 -> 2048 -> 62.
+        ("convnet2", {}, (25 * 32 + 32 + 64) + (25 * 32 * 64 + 64 + 128) + (3136 * 2048 + 2048) + (2048 * 62 + 62)),
     ],
 )
 def test_sizes_are_the_papers(name, options, size):
     params, stats = jax.eval_shape(reference.build_model(name, IMAGES, **options).init, _key())
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == size
-    assert stats == {}
+    assert (stats == {}) == (name != "convnet2")
 
 
 def test_kernels_begin_glorot_uniform_and_biases_at_zero():
@@ -54,7 +61,7 @@ def test_kernels_begin_glorot_uniform_and_biases_at_zero():
     assert not any(layer["bias"].any() for layer in params.values())
 
 
-@pytest.mark.parametrize("name", [name for name in reference.MODELS if name != "char-lstm"])
+@pytest.mark.parametrize("name", ["logistic-regression", "mlp", "emnist-cnn", "mnist-cnn", "lenet"])
 def test_images_may_be_bytes_or_floats_with_or_without_channel(name):
     model = reference.build_model(name, IMAGES, classes=10)
     params, stats = _weights(model), {}
@@ -116,6 +123,37 @@ def test_char_lstm_equals_the_layers_of_flax():
 def test_char_lstm_has_the_size_of_the_paper():
     params, _ = jax.eval_shape(reference.char_lstm(TEXT).init, _key())
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 820_522  # Reddi et al., table 6
+
+
+def test_convnet2_is_its_layers():
+    """Convolution, batch norm by running statistics, ReLU and pooling, twice; then two dense layers."""
+    model, batch = reference.convnet2(IMAGES, hidden=32), _batch(IMAGES)
+    params, stats = _weights(model), _ones(jax.eval_shape(model.init, _key())[1])
+    x = batch["x"][..., None] / jnp.float32(255)
+    for layer in "01":
+        kernel, norm = params[f"Conv_{layer}"]["kernel"], params[f"BatchNorm_{layer}"]
+        x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        x = x + params[f"Conv_{layer}"]["bias"].reshape(1, 1, 1, -1) - 1  # a running mean of 1
+        x = x / jnp.sqrt(1 + 1e-5) * norm["scale"].reshape(1, 1, 1, -1) + norm["bias"].reshape(1, 1, 1, -1)
+        x = nn.max_pool(jnp.maximum(x, 0), (2, 2), (2, 2))
+    x = x.reshape(4, -1) @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None]
+    logits = jnp.maximum(x, 0) @ params["Dense_1"]["kernel"] + params["Dense_1"]["bias"][None]
+    np.testing.assert_allclose(model.predict(params, stats, batch), logits, rtol=1e-4, atol=1e-5)
+
+
+def test_lenet_is_its_layers():
+    model, batch = reference.lenet(IMAGES), _batch(IMAGES)
+    params = _weights(model)
+    x = batch["x"][..., None] / jnp.float32(255)
+    for layer in ("Conv_0", "Conv_1"):
+        kernel, bias = params[layer]["kernel"], params[layer]["bias"].reshape(1, 1, 1, -1)
+        x = jax.lax.conv_general_dilated(x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")) + bias
+        x = nn.max_pool(jnp.maximum(x, 0), (2, 2), (2, 2))
+    x = x.reshape(4, -1)
+    for layer in ("Dense_0", "Dense_1", "Dense_2"):
+        x = jnp.maximum(x, 0) if layer != "Dense_0" else x
+        x = x @ params[layer]["kernel"] + params[layer]["bias"][None]
+    np.testing.assert_allclose(model.predict(params, {}, batch), x, rtol=1e-4, atol=1e-5)
 
 
 def test_emnist_cnn_drops_out_in_training_only():

@@ -34,7 +34,10 @@ BAD = [
     ('data.partition={name="dirichlet", clients=4, beta=1}', "data.partition.beta: unknown key."),
     ('data.partition={name="dirichlet", clients=4}', "needs 'alpha'"),
     ('data.partition={name="iid", clients=400}', "400 clients with 1 or more examples each need 400, got 40"),
-    ("model.name=logistic", "model.name: No model is called 'logistic'. Known: char-lstm, emnist-cnn, logistic-regression,"),
+    (
+        "model.name=logistic",
+        "model.name: No model is called 'logistic'. Known: char-lstm, convnet2,",
+    ),
     ("model.hidden=[3]", "model.hidden: unknown key. Known here: classes."),
     ("model.classes=2", "model: Expected class labels from 0 to 1, got 0 to 2."),
     ("algorithm.name=fedavgg", "algorithm.name: No algorithm is called 'fedavgg'. Did you mean 'fedavg'?"),

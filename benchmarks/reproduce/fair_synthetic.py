@@ -1,0 +1,92 @@
+"""q-FedAvg on synthetic(1, 1): the higher q, the more alike are the clients' accuracies.
+
+100 clients, 10 a round, softmax regression, batches of 10, one epoch of rate 0.1. The paper draws clients in proportion to their
+rows and averages them alike; here they are drawn alike and weighed by their rows. Variances are of percents, over clients.
+"""
+
+from functools import lru_cache
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import jaxfed
+from jaxfed.data import FederatedData, synthetic
+from jaxfed.models.reference import logistic_regression
+
+from . import pictures
+from .federation import Federation, Numbers, Results, Row, Run, differences, every_seed_at_least
+from .training import by_client, trained
+
+LEVELS, SEEDS, SETTING = (0.0, 0.5, 1.0, 2.0), (0, 1, 2), "synthetic(1,1), 100 clients"
+PAPER = "Li et al. 2020 (q-FFL): falls in q"
+ACCURACY, VARIANCE = "accuracy by client", "accuracy variance"
+
+
+def method(q: float) -> str:
+    """How a level of fairness is called."""
+    return f"qfedavg q={q:g}"
+
+
+@lru_cache(maxsize=1)
+def data(seed: int) -> tuple[FederatedData, FederatedData]:
+    """Training and test rows."""
+    return synthetic(1, 1, clients=100, seed=seed).split(0.1, seed=seed)
+
+
+def train(run: Run, folder: Path, whole: bool) -> Numbers:
+    """One run."""
+    rows, test = data(run.seed)
+    q = next(q for q in LEVELS if method(q) == run.method)
+    algorithm = jaxfed.qfedavg(logistic_regression(rows.client(0), classes=10), q=q, lrate=0.1, batch_size=10)
+    # The largest clients have a hundred times the rows of the median one, so lanes would wait for them.
+    simulation = jaxfed.Simulation(algorithm, rows, 10, lanes=1, chunk=100)
+    state, _ = trained(simulation, run.seed, rounds=20_000 if whole else 2000)
+    evaluation = simulation.evaluate(state, test)
+    clients = sorted(round(float(x), 4) for x in evaluation.by_client["accuracy"])
+    return by_client(evaluation) | {"accuracies of clients": clients}
+
+
+def falls(lower: float, higher: float) -> Row:
+    """The variance falls between two levels."""
+    gap = differences((method(lower), SETTING), (method(higher), SETTING), VARIANCE)
+    return Row(f"{method(lower)} - {method(higher)}", SETTING, VARIANCE, None, PAPER, every_seed_at_least(0), "", gap)
+
+
+def keeps(q: float) -> Row:
+    """The mean of the clients' accuracies stays within three points."""
+    gap = differences((method(q), SETTING), (method(0), SETTING), ACCURACY)
+    return Row(f"{method(q)} - {method(0)}", SETTING, ACCURACY, None, PAPER, every_seed_at_least(-0.03), "", gap)
+
+
+def draw(figure: Any, results: Results) -> None:
+    """Each client's accuracy from the worst to the best, and what fairness costs."""
+    panels = figure.subplots(1, 2, width_ratios=(3, 2))
+    for q, color in zip(LEVELS, pictures.COLORS):
+        curves = list(results.by_seed(method(q), SETTING, "accuracies of clients").values())
+        pictures.band(panels[0], list(range(1, 101)), curves, color, f"q = {q:g}")
+        variances = results.by_seed(method(q), SETTING, VARIANCE)
+        means = results.by_seed(method(q), SETTING, ACCURACY)
+        panels[1].plot(list(variances.values()), list(means.values()), "o", color=color)
+    for seed in SEEDS:
+        found = [(results.by_seed(method(q), SETTING, VARIANCE), results.by_seed(method(q), SETTING, ACCURACY)) for q in LEVELS]
+        points = [(variance[seed], mean[seed]) for variance, mean in found if seed in variance]
+        panels[1].plot(*zip(*points), color="#bbbbbb", linewidth=1, zorder=0)
+    panels[0].set_xlabel("clients from the worst to the best")
+    panels[0].set_ylabel("test accuracy")
+    panels[0].legend(frameon=False)
+    panels[1].set_xlabel("variance over clients, of percents (a line for each seed)")
+    panels[1].set_ylabel("mean accuracy over clients")
+    for panel in panels:
+        pictures.grid(panel, percent=True)
+
+
+FEDERATION = Federation(
+    name="fair-synthetic",
+    title="Fairness over 100 clients of synthetic(1, 1): accuracies draw together as q grows",
+    runs=[Run(method(q), SETTING, seed) for seed, q in product(SEEDS, LEVELS)],
+    train=train,
+    rows=[*(falls(*pair) for pair in pairwise(LEVELS)), *(keeps(q) for q in LEVELS[1:])],
+    draw=draw,
+    short="2000 rounds instead of 20000.",
+    minutes=(3, 25),
+)

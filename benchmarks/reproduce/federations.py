@@ -1,0 +1,23 @@
+"""All federations, in the order of the table."""
+
+from . import (
+    fair_adult,
+    fair_synthetic,
+    fedem_synthetic,
+    federatedscope_synthetic,
+    fedprox_synthetic,
+    robust_femnist,
+    scaffold_fashion,
+    tcga_brca,
+)
+
+FEDERATIONS = [
+    fedprox_synthetic.FEDERATION,
+    federatedscope_synthetic.FEDERATION,
+    fedem_synthetic.FEDERATION,
+    tcga_brca.FEDERATION,
+    fair_synthetic.FEDERATION,
+    fair_adult.FEDERATION,
+    scaffold_fashion.FEDERATION,
+    robust_femnist.FEDERATION,
+]
