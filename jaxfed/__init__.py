@@ -35,6 +35,7 @@ from jaxfed.base import (
 from jaxfed.client.batches import ClientRows, Epochs, Poisson, Steps
 from jaxfed.client.gradients import SVRG, MeanGradient
 from jaxfed.client.local import LocalTraining
+from jaxfed.client.precision import HalfPrecision
 from jaxfed.client.surveys import FullGradient
 from jaxfed.data.federated import FederatedData
 from jaxfed.differentiable import differentiable_rounds
@@ -121,6 +122,7 @@ __all__ = [
     "GaussianNoise",
     "GeometricMedian",
     "GradientMaskedMean",
+    "HalfPrecision",
     "History",
     "InverseScaling",
     "Krum",

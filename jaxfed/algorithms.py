@@ -25,6 +25,7 @@ def fedavg(
     steps: int | None = None,
     server_lrate: Any = 1.0,
     weights: str = "examples",
+    gradient: Any = "mean",
 ) -> Algorithm:
     """Federated averaging: local SGD, then the weighted mean.
 
@@ -36,6 +37,7 @@ def fedavg(
         steps: Local steps in a round, instead of ``epochs``.
         server_lrate: The server's learning rate, or a whole Optimizer.
         weights: What a client weighs: ``"examples"``, ``"steps"`` or ``"uniform"``.
+        gradient: How clients take gradients: ``"mean"``, ``"half-precision"``, or a rule of your own.
 
     Raises:
         ValueError: If both ``epochs`` and ``steps`` are given.
@@ -43,7 +45,7 @@ def fedavg(
     References:
         McMahan et al., `Communication-Efficient Learning of Deep Networks <https://arxiv.org/abs/1602.05629>`_, 2017
     """
-    client = LocalTraining(loss, as_optimizer("lrate", lrate), local_work(batch_size, epochs, steps))
+    client = LocalTraining(loss, as_optimizer("lrate", lrate), local_work(batch_size, epochs, steps), gradient)
     return Algorithm(client, as_optimizer("server_lrate", server_lrate), Mean(weights))
 
 
@@ -206,5 +208,5 @@ def accepted_options(recipe: Callable[..., Algorithm]) -> tuple[str, ...]:
     ('mu', 'lrate')
     """
     own = (name for name, p in inspect.signature(recipe).parameters.items() if p.kind is p.KEYWORD_ONLY)
-    shared = ("lrate", "batch_size", "epochs", "steps", "server_lrate", "weights")
+    shared = ("lrate", "batch_size", "epochs", "steps", "server_lrate", "weights", "gradient")
     return tuple(dict.fromkeys((*(name for name in own if name not in shared), *shared)))

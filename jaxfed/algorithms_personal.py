@@ -112,7 +112,9 @@ def pfedme(loss: Any, *, strength: float = 15.0, inner_steps: int = 5, personal_
     algorithm = fedavg(loss, **options)
     outer = training_of(algorithm.client)
     inner = outer.optimizer if personal_lrate is None else as_optimizer("personal_lrate", personal_lrate)
-    return algorithm.replace(client=PFedMe(outer.loss, outer.optimizer, inner, outer.batches, strength, inner_steps))
+    return algorithm.replace(
+        client=PFedMe(outer.loss, outer.optimizer, inner, outer.batches, strength, inner_steps, gradient=outer.gradient)
+    )
 
 
 def fedem(loss: Any, *, models: int = 3, **options: Any) -> Algorithm:
@@ -128,7 +130,7 @@ def fedem(loss: Any, *, models: int = 3, **options: Any) -> Algorithm:
     """
     algorithm = fedavg(loss, **options)
     one = training_of(algorithm.client)
-    return algorithm.replace(client=FedEM(loss, one.optimizer, one.batches, models))
+    return algorithm.replace(client=FedEM(loss, one.optimizer, one.batches, models, gradient=one.gradient))
 
 
 def apfl(loss: Any, *, alpha: float = 0.5, alpha_lrate: float = 0.0, personal_lrate: Any = None, **options: Any) -> Algorithm:

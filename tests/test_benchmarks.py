@@ -181,3 +181,122 @@ def test_sweep_goes_on_where_it_was_killed(load, tmp_path):
     assert sweep.done(path) == {runs[0].key}
     assert path.read_text().count("\n") == 1
     assert sweep.done(tmp_path / "absent.jsonl") == set()
+
+
+def precision_line(seed, precision, accuracy, seconds):
+    machine = {"cpu": "one", "cores": 2, "memory_gb": 8}
+    about = {"model": "softmax", "seed": seed, "precision": precision, "machine": machine, "versions": {"jax": "0"}}
+    return about | {"accuracy": accuracy, "round_s": seconds, "rss_mb": 100.0}
+
+
+def test_points_and_ratios_of_a_precision_are_taken_within_a_seed(load):
+    precision = load("precision")
+    lines = [precision_line(0, "float32", 0.5, 1.0), precision_line(1, "float32", 0.7, 2.0)]
+    lines += [precision_line(0, "bfloat16 products", 0.51, 3.0), precision_line(1, "bfloat16 products", 0.69, 4.0)]
+    text = precision.page([*lines, precision_line(2, "bfloat16 products", 0.1, 9.0)], "some")
+    expected = "60.00 | +0.00 (-1.00 to +1.00) | 3.5000 | 2.50 (2.00 to 3.00) | 100 | 2 |"
+    assert f"| softmax | bfloat16 products | {expected}" in text
+
+
+def writers():
+    """Three writers of 62 letters' images, one row in four for testing."""
+    rng = np.random.default_rng(0)
+    arrays = {"x": rng.integers(0, 256, (24, 28, 28)).astype(np.uint8), "y": rng.integers(0, 62, 24).astype(np.int32)}
+    return arrays, np.arange(24) % 3
+
+
+@pytest.mark.parametrize("model", ["softmax", "lenet"])
+def test_precisions_begin_alike_and_do_what_they_are_called(load, monkeypatch, model):
+    import jaxfed
+
+    precision = load("precision")
+    monkeypatch.setattr(precision, "COHORT", 2)
+    train = jaxfed.FederatedData.from_arrays(*writers())
+    states = {}
+    for name in precision.PRECISIONS:
+        simulation = precision.make_simulation(model, name, train)
+        begin = precision.first_state(simulation, name, 0)
+        states[name] = begin, simulation.run(begin, rounds=1)[0]
+    wide, half, narrow = states.values()
+    for a, b, c in zip(*(jax.tree.leaves(begin.params) for begin, _ in states.values())):
+        np.testing.assert_array_equal(a, b)
+        np.testing.assert_allclose(a, np.asarray(c, np.float32), rtol=2**-8, atol=1e-30)
+    types = [jax.tree.leaves(end.params)[0].dtype.name for _, end in (wide, half, narrow)]
+    assert types == ["float32", "float32", "bfloat16"]
+    apart = [np.abs(np.asarray(a) - np.asarray(b)).max() for a, b in zip(*(jax.tree.leaves(s[1].params) for s in (wide, half)))]
+    assert 0 < max(apart) < 0.05
+
+
+def test_femnist_is_read_as_ink_on_paper(load, tmp_path):
+    arrays, client = writers()
+    path = tmp_path / "femnist_leaf" / "femnist_leaf155.npz"
+    path.parent.mkdir()
+    np.savez(path, **arrays, client=client, is_test=np.arange(24) % 4 == 0)
+    train, test = load("precision").load(tmp_path)
+    assert (train.num_clients, train.num_examples, test.num_examples) == (3, 18, 6)
+    np.testing.assert_array_equal(train.arrays["x"][0], 255 - arrays["x"][3])
+
+
+def test_a_sweep_ends_where_the_runs_end(load, small):
+    sweeping = load("sweeping")
+    for kind in sweeping.KINDS:
+        rates, seeds = sweeping.axes(kind)
+        assert len(set(rates)) * len(set(seeds)) == 16
+    both = sweeping.ways(small, "grid", 1)
+    side_by_side, one_by_one = both["sweep"](), both["runs"]()
+    assert side_by_side.keys() == one_by_one.keys() == {(r, s) for r in (0.01, 0.0125, 0.015, 0.0175) for s in range(4)}
+    for setting, params in one_by_one.items():
+        for key in params:
+            np.testing.assert_allclose(side_by_side[setting][key], params[key], atol=2e-6)
+
+
+def test_ratios_of_a_sweep_are_taken_within_a_process(load):
+    def line(repeat, sweep, runs):
+        seconds = {"sweep_warm_s": sweep, "runs_warm_s": runs, "sweep_cold_s": 2 * sweep, "runs_cold_s": runs}
+        machine = {"cpu": "one", "cores": 2, "memory_gb": 8}
+        return {"kind": "grid", "rounds": 5, "repeat": repeat, "machine": machine, "versions": {"jax": "0"}} | seconds
+
+    text = load("sweeping").page([line(0, 1.0, 4.0), line(1, 3.0, 4.0), line(2, 2.0, 4.0)], "some")
+    assert "| grid | 2.00 | 4.00 | 0.50 (0.25 to 0.75) | 4.00 | 4.00 | 1.00 (0.50 to 1.50) |" in text
+
+
+def test_a_scaling_point_reports_what_it_ran(load):
+    scaling = load("scaling")
+    found = {what: len(scaling.points([what])) for what in ("cohort", "population", "devices")}
+    assert found == {"cohort": 6, "population": 2 * 2 * 3, "devices": 2}
+    point = scaling.points(["population"])[6] | {"population": 20, "cohort": 5}
+    line = scaling.measure(point, 2)
+    assert point["algorithm"] == "scaffold"
+    assert line["clients_per_s"] == pytest.approx(5 / line["round_s"], rel=0.02)
+    assert line["kept_mb"] == round(20 * 4 * (10 * 10 + 10) / 2**20, 1)
+
+
+def test_populations_take_turns(load, monkeypatch):
+    scaling = load("scaling")
+    monkeypatch.setattr(scaling, "POPULATIONS", (10, 20))
+    point = scaling.points(["population"])[0] | {"cohort": 5}
+    # Five calls of ten rounds for each population, in turn.
+    seconds = iter([10, 90, 20, 80, 30, 70, 40, 60, 50, 50])
+    monkeypatch.setattr(scaling, "_seconds_of", lambda run: next(seconds))
+    assert scaling.take_turns(point, 1) == [3, 7]
+
+
+def test_scaling_goes_on_where_it_was_killed_and_draws(load, tmp_path):
+    scaling, path = load("scaling"), tmp_path / "some.jsonl"
+    [first, *_] = scaling.points(["cohort"])
+    measured = {"clients_per_s": 10.0, "rss_mb": 100.0, "machine": {"cpu": "one", "cores": 2, "memory_gb": 8}}
+    path.write_text(json.dumps(first | measured) + "\n" + json.dumps(first)[:20])
+    assert scaling._read(path) == [first | measured]
+    assert path.read_text().count("\n") == 1
+    scaling.draw([first | measured], tmp_path / "some.png")
+    assert (tmp_path / "some.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(("plain", "expected"), [(2.24216, True), (2.2423, False)])
+def test_agreement_is_to_four_decimals(load, monkeypatch, plain, expected):
+    agree = load("agree")
+    data, loss = agree.EXPECTED["W1"]
+    losses = {"jaxfed": loss - 3e-5, "plain_jax": plain}
+    monkeypatch.setattr(agree, "line_of", lambda environment, *_: {"loss": losses[environment], "data": data})
+    assert agree.agrees("W1", "float32") == expected
+    assert not agree.agrees("W1", "float64")

@@ -119,7 +119,7 @@ OTHERS = {
         "uniform": {"size": 3},
         "stragglers": {"selector": ["uniform", {"size": 3}], "share": 0.4, "late": "drop", "epochs": 7},
     },
-    "gradient": {"mean": {}, "svrg": {"rule": "mean"}},
+    "gradient": {"mean": {}, "svrg": {"rule": "mean"}, "half-precision": {"rule": "svrg", "dtype": "float16"}},
     "survey": {"full-gradient": {}},
     "measure": {"domain": {}, "start_loss": {}},
 }

@@ -14,7 +14,7 @@ STORY = """
     checks part trees permutation base
     optimizer.rates optimizer.schedules optimizer.regularizers optimizer.momentum optimizer.adaptive optimizer.clipping
     optimizer.noise optimizer.paired optimizer.feddyn optimizer.mime optimizer.foreign optimizer.optimizer
-    client.batches client.gradients client.measures client.local client.surveys
+    client.batches client.gradients client.precision client.measures client.local client.surveys
     personal.wrapper personal.partial personal.ditto personal.pfedme personal.fedem personal.apfl personal.finetune
     server.aggregators server.normalized server.fair server.robust server.geometric server.selection attacks
     engine.algorithm engine.mesh engine.population engine.sums engine.lanes engine.cohort engine.survey engine.round
