@@ -136,6 +136,11 @@ class Malicious(Wrapper):
         """Whether the wrapped client does."""
         return self.client.needs_survey
 
+    @property
+    def personalizes(self) -> bool:
+        """Whether the wrapped client does."""
+        return self.client.personalizes
+
     def run(self, start: Broadcast, kept: Any, rows: Any, key: jax.Array) -> tuple[Upload, Any]:
         """The wrapped client's round; an attacker's upload is then replaced."""
         if MARK not in rows.arrays:

@@ -125,6 +125,19 @@ def test_what_is_no_upload_stays_the_wrapped_clients():
     assert client.aux_reductions == {"total": "mean"}
 
 
+def test_the_global_model_under_attack_is_evaluated_on_any_clients():
+    """An attack makes no algorithm a personal one: a run may be evaluated on the honest clients alone, whose number differs."""
+    data = federation()
+    honest = data.select([k for k in range(data.num_clients) if k not in ATTACKERS])
+    simulation = jaxfed.Simulation(attacked(SignFlip()), data)
+    state, history = simulation.run(
+        simulation.init(jnp.zeros(2), key=jax.random.key(0)), rounds=1, eval_every=1, eval_data=honest
+    )
+    assert history[-1].evaluation.metrics == simulation.evaluate(state, honest).metrics
+    personal = Malicious(jaxfed.finetuned(loss, lrate=0.1, batch_size=2).client)
+    assert personal.personalizes
+
+
 def test_label_flip_is_on_attackers_rows_alone():
     labels, attacker = np.array([0, 3, 9, 4]), np.array([1, 0, 1, 0])
     np.testing.assert_array_equal(flip_labels(labels, attacker, 10), [9, 3, 0, 4])

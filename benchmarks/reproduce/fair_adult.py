@@ -1,7 +1,7 @@
 """Census income by two clients, the 413 people with a doctorate and all others: who is served by the worst mixture?
 
-Logistic regression on the categorical columns alone, 600 rounds of 50 steps of rate 0.1 with batches of 10, both clients in each.
-FedAvg by examples hardly hears the doctorates; agnostic federated averaging weighs whoever fares worse.
+Logistic regression on the categorical columns alone, 600 rounds of one step of rate 0.1 on all rows, both clients in each;
+nothing is drawn. FedAvg by examples hardly hears the doctorates; agnostic federated averaging weighs whoever fares worse.
 """
 
 import csv
@@ -23,8 +23,8 @@ from .training import trained
 
 FILES = ("adult/adult.data.gz", "adult/adult.test.gz")
 COLUMNS = ("workclass", "education", "marital-status", "occupation", "relationship", "race", "sex", "native-country")
-SEEDS, SETTING, ROUNDS = (0, 1, 2), "2 clients", 600
-_WORK: Any = {"lrate": 0.1, "batch_size": 10, "steps": 50}
+SEEDS, SETTING, ROUNDS = (0,), "2 clients", 600
+_WORK: Any = {"lrate": 0.1, "batch_size": None, "steps": 1}
 METHODS = {
     "fedavg": partial(jaxfed.fedavg, **_WORK),
     "fedavg, uniform": partial(jaxfed.fedavg, weights="uniform", **_WORK),
@@ -82,6 +82,7 @@ def against(method: str, metric: str, rule: Any, remark: str = "") -> Row:
 ROWS = [
     against("afl", "worst training loss", every_seed_at_most(0), "What it minimises."),
     against("afl", "worst accuracy", every_seed_at_least(0)),
+    against("qfedavg q=5", "worst accuracy", every_seed_at_least(0)),
     against("qfedavg q=5", "worst training loss", every_seed_at_most(0)),
     against("qfedavg q=5", "gap", every_seed_at_most(0)),
 ]

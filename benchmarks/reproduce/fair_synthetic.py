@@ -1,7 +1,7 @@
 """q-FedAvg on synthetic(1, 1): the higher q, the more alike are the clients' accuracies.
 
 100 clients, 10 a round, softmax regression, batches of 10, one epoch of rate 0.1. The paper draws clients in proportion to their
-rows and averages them alike; here they are drawn alike and weighed by their rows. Variances are of percents, over clients.
+rows; here they are drawn and weighed alike, since one of them has a quarter of all rows. Variances are of percents, over clients.
 """
 
 from functools import lru_cache
@@ -37,7 +37,7 @@ def train(run: Run, folder: Path, whole: bool) -> Numbers:
     """One run."""
     rows, test = data(run.seed)
     q = next(q for q in LEVELS if method(q) == run.method)
-    algorithm = jaxfed.qfedavg(logistic_regression(rows.client(0), classes=10), q=q, lrate=0.1, batch_size=10)
+    algorithm = jaxfed.qfedavg(logistic_regression(rows.client(0), classes=10), q=q, lrate=0.1, batch_size=10, weights="uniform")
     # The largest clients have a hundred times the rows of the median one, so lanes would wait for them.
     simulation = jaxfed.Simulation(algorithm, rows, 10, lanes=1, chunk=100)
     state, _ = trained(simulation, run.seed, rounds=20_000 if whole else 2000)

@@ -6,8 +6,11 @@ from . import (
     fedem_synthetic,
     federatedscope_synthetic,
     fedprox_synthetic,
+    femnist,
+    niid_fashion,
     robust_femnist,
     scaffold_fashion,
+    shakespeare,
     tcga_brca,
 )
 
@@ -20,4 +23,7 @@ FEDERATIONS = [
     fair_adult.FEDERATION,
     scaffold_fashion.FEDERATION,
     robust_femnist.FEDERATION,
+    femnist.FEDERATION,
+    shakespeare.FEDERATION,
+    niid_fashion.FEDERATION,
 ]

@@ -1,6 +1,6 @@
 """Which rules withstand which attacks: 50 writers of FEMNIST, of whom some attack in every round.
 
-Softmax regression over 62 classes, 40 rounds of one epoch of rate 0.1 with batches of 10. The honest writers' test rows count. A
+Softmax regression over 62 classes, 15 rounds of one epoch of rate 0.1 with batches of 10. The honest writers' test rows count. A
 rule that must be told a number of attackers is told the true one; Bulyan wants 4 f + 3 clients, so 30% attackers are too many.
 """
 
@@ -21,7 +21,7 @@ from .federation import Federation, Numbers, Ours, Results, Row, Run, every_seed
 from .training import curve, trained
 
 FILES = ("femnist_leaf/femnist_leaf155.npz",)
-WRITERS, CLASSES, ROUNDS, SHARES, SEEDS = 50, 62, 40, (10, 20, 30), (0, 1)
+WRITERS, CLASSES, ROUNDS, SHARES, SEEDS = 50, 62, 15, (10, 20, 30), (0,)
 RULES = {
     "mean": lambda f: jaxfed.Mean("uniform"),
     "norm bounding": lambda f: jaxfed.NormBound(max_norm=1.0),
@@ -48,7 +48,7 @@ def setting(attack: str, share: int) -> str:
     return f"{attack}, {share}%"
 
 
-SETTINGS = {NOBODY: ("", 0)} | {setting(attack, share): (attack, share) for share, attack in product(SHARES, ATTACKS)}
+SETTINGS = {NOBODY: ("", 0)} | {setting(attack, share): (attack, share) for share, attack in product((20, 10, 30), ATTACKS)}
 
 
 @lru_cache(maxsize=1)
@@ -82,7 +82,7 @@ def train(run: Run, folder: Path, whole: bool) -> Numbers:
     algorithm = jaxfed.fedavg(logistic_regression(rows.client(0), classes=CLASSES), lrate=0.1, batch_size=10)
     client = attacks.Malicious(algorithm.client, ATTACKS.get(attack))
     simulation = jaxfed.Simulation(algorithm.replace(client=client, aggregator=rule), rows)
-    state, history = trained(simulation, run.seed, rounds=ROUNDS, eval_every=10, eval_data=test)
+    state, history = trained(simulation, run.seed, rounds=ROUNDS, eval_every=5, eval_data=test)
     norm = float(history["update_norm"][0])
     return {"accuracy": simulation.evaluate(state, test).metrics["accuracy"], "first update": norm, **curve(history)}
 
@@ -162,5 +162,5 @@ FEDERATION = Federation(
     rows=ROWS,
     draw=draw,
     files=FILES,
-    minutes=(25, 25),
+    minutes=(12, 12),
 )

@@ -1,0 +1,97 @@
+"""FederatedScope's ConvNet2 on FEMNIST: 155 writers, a fifth of them a round, test accuracy over each writer's own rows.
+
+The writers are others than FederatedScope's, as many as its 5 %; rows of each are 60 / 20 / 20 % for training, validation (left
+aside) and testing. Each method has the hyper-parameters of its script.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import jaxfed
+from jaxfed.data import FederatedData
+from jaxfed.models.reference import convnet2
+
+from . import pictures
+from .data import arrays
+from .federation import Federation, Numbers, Results, Row, Run, within
+from .training import by_client, resumed, sample
+
+FILES = ("femnist_leaf/femnist_leaf155.npz",)
+SETTING, SEEDS, COHORT = "155 writers", (0,), 31
+MEAN, STD = 0.9637, 0.1592
+
+
+def clipped(rate: float) -> jaxfed.Optimizer:
+    """SGD whose gradients are clipped to the norm 5."""
+    return jaxfed.Optimizer(rate, modules=[jaxfed.L2GlobalClipping(5.0)])
+
+
+_GLOBAL: Any = {"batch_size": 10, "epochs": 1}
+METHODS: dict[str, Callable[[Any], jaxfed.Algorithm]] = {
+    "fedavg": lambda loss: jaxfed.fedavg(loss, lrate=clipped(0.01), **_GLOBAL),
+    "fedopt": lambda loss: jaxfed.fedavg(loss, lrate=clipped(0.01), server_lrate=1.0, **_GLOBAL),
+    "fedprox": lambda loss: jaxfed.fedprox(loss, mu=0.01, lrate=clipped(0.01), **_GLOBAL),
+    "fedbn": lambda loss: jaxfed.fedbn(loss, lrate=0.1, batch_size=64, epochs=1),
+    "pfedme": lambda loss: jaxfed.pfedme(loss, strength=1.0, inner_steps=5, lrate=0.5, batch_size=64, epochs=3),
+    "ditto": lambda loss: jaxfed.ditto(loss, strength=0.1, lrate=0.5, batch_size=64, epochs=3),
+    "fedem": lambda loss: jaxfed.fedem(loss, models=3, lrate=0.5, batch_size=64, epochs=1),
+}
+PUBLISHED = dict(zip(METHODS, (0.8493, 0.8492, 0.8477, 0.8548, 0.8765, 0.8661, 0.8479)))
+
+
+@lru_cache(maxsize=1)
+def data(folder: Path) -> tuple[FederatedData, FederatedData]:
+    """Training and test rows of each writer."""
+    x, y, client = arrays(folder / FILES[0], "x", "y", "client")
+    pixels = ((x / np.float32(255) - MEAN) / STD).astype(np.float32)
+    rows, rest = FederatedData.from_arrays({"x": pixels, "y": y.astype(np.int32)}, client).split(0.4, seed=1234)
+    return rows, rest.split(0.5, seed=1234)[1]
+
+
+def train(run: Run, folder: Path, whole: bool) -> Numbers:
+    """One run; killed, it goes on from its last checkpoint."""
+    rows, test = data(folder)
+    model = convnet2(sample(rows), hidden=2048 if whole else 256)
+    simulation = jaxfed.Simulation(METHODS[run.method](model), rows, COHORT)
+    options: Any = {"rounds": 300 if whole else 60, "eval_every": 10, "eval_data": test}
+    state, found = resumed(simulation, ("femnist", *run, whole), run.seed, **options)
+    return by_client(simulation.evaluate_in_use(state, test)) | found
+
+
+OTHERS = "Of other writers."
+ROWS = [Row(m, SETTING, "accuracy", x, "FederatedScope's guide", within(0.02), OTHERS) for m, x in PUBLISHED.items()]
+
+
+def draw(figure: Any, results: Results) -> None:
+    """Accuracy by round, and after the last beside what was published."""
+    way, final = figure.subplots(1, 2, sharey=True)
+    for place, (method, color) in enumerate(zip(METHODS, pictures.COLORS)):
+        found = list(results.by_seed(method, SETTING, "accuracy_curve").values())
+        rounds = next(iter(results.by_seed(method, SETTING, "round").values()), [])
+        pictures.band(way, rounds, found, color, method)
+        pictures.dots(final, place, list(results.by_seed(method, SETTING, "accuracy").values()), color)
+        label = "published, other writers" if place == 0 else None
+        final.plot([place], [PUBLISHED[method]], label=label, **pictures.REFERENCE)
+    final.set_xticks(range(len(METHODS)), METHODS, rotation=30)
+    way.set_xlabel("round")
+    for panel in (way, final):
+        panel.legend(frameon=False, loc="lower right")
+        pictures.grid(panel, percent=True)
+
+
+FEDERATION = Federation(
+    name="femnist",
+    title="FEMNIST: FederatedScope's ConvNet2 on 155 writers, seven methods",
+    runs=[Run(method, SETTING, seed) for seed, method in product(SEEDS, METHODS)],
+    train=train,
+    rows=ROWS,
+    draw=draw,
+    files=FILES,
+    short="60 rounds instead of 300, 256 hidden units instead of 2048.",
+    minutes=(120, 3000),
+)
