@@ -52,8 +52,8 @@ def toy(load, trained, rows=(), **options):
     ("rule", "arguments", "values", "holds"),
     [
         ("within", (0.1,), [0.4, 0.8], True),
-        ("within", (0.09,), [0.4, 0.8], False),
-        ("between", (0.5, 0.6), [0.4, 0.8], True),
+        ("within", (0.07,), [0.4, 0.8], False),
+        ("between", (0.5, 0.61), [0.4, 0.8], True),
         ("between", (0.61, 0.7), [0.4, 0.8], False),
         ("at_least", (0.6,), [0.4, 0.8], True),
         ("at_least", (0.61,), [0.4, 0.8], False),
@@ -79,7 +79,7 @@ def test_differences_pair_seeds(load):
 
 def cells(load, lines, missing=(), rule=None, reference=0.5):
     federation = load("federation")
-    row = federation.Row("a", "here", "accuracy", reference, "a paper", rule or federation.within(0.1), "Known.")
+    row = federation.Row("a", "here", "accuracy", reference, "a paper", rule or federation.within(0.11), "Known.")
     return load("table").cells(toy(load, [], [row]), lines, list(missing))[0]
 
 
