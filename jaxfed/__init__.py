@@ -80,6 +80,7 @@ from jaxfed.server.normalized import FedNova
 from jaxfed.server.robust import Median, NormBound, TrimmedMean
 from jaxfed.server.selection import Everyone, Stragglers, Uniform
 from jaxfed.simulation import Simulation
+from jaxfed.stopping import BestModel, EarlyStopping
 from jaxfed.sweep import Sweep, sweep
 
 __all__ = [
@@ -93,6 +94,7 @@ __all__ = [
     "Aggregator",
     "Agnostic",
     "Algorithm",
+    "BestModel",
     "Broadcast",
     "Bulyan",
     "ByLabel",
@@ -106,6 +108,7 @@ __all__ = [
     "CyclicExpRange",
     "CyclicTriangular",
     "Ditto",
+    "EarlyStopping",
     "Epochs",
     "Evaluation",
     "Everyone",

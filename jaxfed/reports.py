@@ -9,6 +9,15 @@ import numpy as np
 from jaxfed import checks
 
 
+def less_is_better(metric: str) -> bool:
+    """Whether a metric falls as a model improves, by its name: a loss or an error, also as :meth:`Evaluation.row` derives it.
+
+    >>> less_is_better("loss_worst_decile"), less_is_better("accuracy")
+    (True, False)
+    """
+    return metric.removesuffix("_client_mean").removesuffix("_worst_decile").endswith(("loss", "error"))
+
+
 @dataclasses.dataclass
 class Evaluation:
     """Metrics of one model over federated data.
@@ -44,7 +53,7 @@ class Evaluation:
         row = dict(self.metrics)
         for name, values in self.by_client.items():
             values = values[self.examples > 0]
-            worst = 90 if name.endswith(("loss", "error")) else 10
+            worst = 90 if less_is_better(name) else 10
             # Between two infinities NumPy warns that it cannot tell; the NaN says so.
             with np.errstate(invalid="ignore"):
                 row[f"{name}_client_mean"] = float(values.mean()) if len(values) else float("nan")
@@ -132,6 +141,30 @@ class History:
     def rows(self) -> list[dict[str, Any]]:
         """All rounds as plain data."""
         return [report.row() for report in self._reports]
+
+    def by_client(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """Learning curves of the clients: what each was evaluated at, over the rounds.
+
+        Args:
+            metric: A name in :attr:`Evaluation.metrics`.
+
+        Returns:
+            The evaluated rounds ``[E]``, and the values ``[E, N]``; NaN for a client without rows.
+
+        Raises:
+            ValueError: If nothing was evaluated, or it has no such metric.
+
+        Example:
+            >>> metrics = {"examples": np.ones(1), "steps": np.ones(1), "loss": np.ones(1)}
+            >>> found = Evaluation.from_sums({"loss": [2.0, 9.0]}, np.array([2, 3]))
+            >>> History([RoundReport(5, np.arange(1), np.ones(1, bool), metrics, 0.1, found)]).by_client("loss")
+            (array([5]), array([[1., 3.]]))
+        """
+        evaluated = [(report.round, report.evaluation) for report in self._reports if report.evaluation is not None]
+        if not evaluated:
+            raise ValueError("No round of this history was evaluated. Run with eval_every=1 or more.")
+        checks.known_name("evaluated metric", metric, evaluated[0][1].by_client)
+        return np.array([round for round, _ in evaluated]), np.stack([found.by_client[metric] for _, found in evaluated])
 
     def __len__(self) -> int:
         return len(self._reports)

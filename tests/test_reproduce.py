@@ -109,7 +109,7 @@ def test_whole_runs_are_reported_before_shortened_ones(load):
 def test_page_and_lines_hold_every_row(load):
     table, row = load("table"), cells(load, [line("a", 0, accuracy=0.55)])
     page = table.page([toy(load, [])], [row], {"toy": "toy.png"})
-    assert "| toy | a | here | accuracy | 0.550 (1) | 0.500 | a paper | mean within 0.1 | yes | Known. |" in page
+    assert "| toy | a | here | accuracy | 0.550 (1) | 0.500 | a paper | mean within 0.11 | yes | Known. |" in page
     assert "1 rows hold, 0 do not" in page
     assert "![A toy.](toy.png)" in page
     assert json.loads(table.jsonl([row]))["ours"] == 0.55

@@ -23,10 +23,11 @@ STORY = """
     files data.stored data.federated data.partition data.datasets data
     models.layers models.recurrent models.advice models.losses models.survival models.functions models.adapters models.rnn
     models.reference models
-    reports placement paging lane_choice simulation differentiable hyperparameters side_by_side sweep
+    reports stopping placement paging lane_choice simulation differentiable hyperparameters side_by_side sweep
     bottleneck costs step_costs profiling testing
-    run.environment run.machines run.section run.config run.journal run.tables run.checkpoint run.history run.export run.plots
-    run.sweep_plots run.listing run.show run.build run.folder run.training run.sweeping run run.commands run.cli
+    run.environment run.machines run.section run.config run.journal run.tables run.checkpoint run.history run.client_curves
+    run.watching run.export run.plots run.client_plots run.sweep_plots run.listing run.show run.build run.folder run.training
+    run.sweeping run run.commands run.cli
 """.split()
 HOST = STORY[STORY.index("files") :]
 

@@ -31,18 +31,18 @@ class Reduced(NamedTuple):
     aggregator: Any
 
 
-def share_of(algorithm: Algorithm, upload: Upload, sent: Any) -> tuple[Summand, Any, jax.Array]:
+def share_of(algorithm: Algorithm, upload: Upload, kept: Any, sent: Any) -> tuple[Summand, Any, jax.Array]:
     """A client's summand, what an aggregator that stacks wants of it apart, and whether it counts.
 
-    A client counts if it did local steps and is finite throughout. One that does not is left out on its own side,
-    through ``where``: 0 times NaN would be NaN.
+    A client counts if it did local steps, and what it sends and what it is to keep are finite throughout. One that does not is
+    left out on its own side, through ``where``: 0 times NaN would be NaN.
     """
     if algorithm.aggregator.stacks:
         stacked = trees.widen(upload._replace(stats=_floating(upload.stats)))
         share = (Summand((), (), {}, algorithm.aggregator.weigh(upload.metrics), jnp.ones(())), stacked)
     else:
         share = (_summand(algorithm, upload, sent), ())
-    counts = (upload.metrics["steps"] > 0) & trees.all_finite(share)
+    counts = (upload.metrics["steps"] > 0) & trees.all_finite((share, kept))
     return *trees.select(counts, share, trees.zeros_like(share)), counts
 
 

@@ -54,7 +54,6 @@ class LocalLeaves(Wrapper):
     local leaves are trained first while the shared ones are held, then ``client`` trains the shared ones alone.
 
     For evaluation, a client that has never taken part trains its local leaves for one round's work, the shared ones held.
-    A client whose local leaves are not finite is left out of the round, like one whose upload is not.
 
     Args:
         client: The LocalTraining of all leaves together; of the shared ones if there is a ``head``.
@@ -119,10 +118,9 @@ class LocalLeaves(Wrapper):
         """Trains, uploads the shared leaves and keeps the local ones."""
         train = self._train_together if self.head is None else self._train_in_turn
         end, upload, client, head = train(self.own(start, kept), kept, rows, key)
-        local = self._local(end)
         trained = kept.trained | (upload.metrics["steps"] > 0)
-        kept = LocalKept(local, upload.stats if self.statistics else (), client, head, trained)
-        delta = _unless_finite(local, trees.keep_leaves(upload.delta, trees.names(self.shared(end)).__contains__))
+        kept = LocalKept(self._local(end), upload.stats if self.statistics else (), client, head, trained)
+        delta = trees.keep_leaves(upload.delta, trees.names(self.shared(end)).__contains__)
         # Where statistics are local, what came goes back: the server's stay as they were.
         stats = start.stats if self.statistics else upload.stats
         return upload._replace(delta=delta, stats=stats), kept
@@ -181,11 +179,6 @@ def _matches(leaves: Any, names: list[str]) -> frozenset[str]:
         if not fnmatch.filter(names, pattern):
             raise ValueError(f"LocalLeaves: the pattern {pattern!r} matches no leaf. Leaves: {checks.listing(names)}.")
     return frozenset(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in leaves))
-
-
-def _unless_finite(local: Params, delta: Params) -> Params:
-    """NaN throughout where the local leaves are not finite, so that the engine leaves the client out."""
-    return trees.select(trees.all_finite(local), delta, trees.full_like(delta, jnp.nan))
 
 
 def holding(training: LocalTraining, whole: Params) -> LocalTraining:

@@ -11,7 +11,7 @@ segment would be rows that later ones have replaced, a new one is begun with the
 import contextlib
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,15 +88,17 @@ def save_run(
     *,
     notes: Mapping[str, Any] | None = None,
     keep: int = 2,
+    needed: Collection[int] = (),
     changed: Changed | None = None,
 ) -> Path:
-    """Writes a state into a subfolder named after its round, and removes all but the newest ``keep``.
+    """Writes a state into a subfolder named after its round, and removes all but the newest ``keep`` and those ``needed``.
 
     Args:
         state: From ``simulation.init``, ``run`` or ``chunks``.
         folder: Where checkpoints of this run are kept; made if absent. One process at a time may write to it.
         notes: Plain data to be kept with it.
         keep: How many checkpoints stay, at least 1.
+        needed: The rounds of others that stay, such as that of the best model.
         changed: What large tables of kept rows differ in from an earlier checkpoint; None writes all rows in use.
 
     Returns:
@@ -135,7 +137,8 @@ def save_run(
         _write(partial / "state", {name: x for name, x in whole.items() if x.size})
         _write_manifest(partial, int(state.round), dict(notes or {}), _described(leaves), position)
     for old in checkpoints(folder)[keep:]:
-        files.discard(old)
+        if int(old.name) not in needed:
+            files.discard(old)
     journal.remove_unneeded(folder, _referred(folder).values())
     return target
 

@@ -14,16 +14,19 @@ import tyro
 from rich.console import Console
 
 from jaxfed import files
+from jaxfed.base import RunState
 from jaxfed.profiling import profile_rounds
 from jaxfed.run import build, listing, show
+from jaxfed.run.client_curves import read_client_curves
+from jaxfed.run.client_plots import save_curves_by_client
 from jaxfed.run.config import RunConfig
 from jaxfed.run.environment import make_devices, use_compilation_cache
 from jaxfed.run.export import export_weights
 from jaxfed.run.folder import RunFolder
 from jaxfed.run.machines import Machines, writes
-from jaxfed.run.plots import read_runs, save_curves
+from jaxfed.run.plots import labelled, read_runs, save_curves
 from jaxfed.run.sweeping import SweepRun
-from jaxfed.run.training import Run, load, write_clients
+from jaxfed.run.training import Run, load, load_best, write_clients
 
 Folder = tyro.conf.Positional[Path]
 T = TypeVar("T")
@@ -143,10 +146,12 @@ class Profile:
 
 @dataclasses.dataclass
 class Evaluate:
-    """Evaluate the newest model of a run."""
+    """Evaluate the newest or the best model of a run."""
 
     run_dir: Folder
     """The run's folder."""
+    best: bool = False
+    """The best model by run.best or run.stop, instead of the newest."""
     clients: bool = False
     """Show a table of all clients and write it as a CSV file."""
     split: Literal["test", "train"] = "test"
@@ -156,7 +161,7 @@ class Evaluate:
         """Runs the command and returns its exit status."""
         use_compilation_cache()
         make_devices(RunFolder.open(self.run_dir).config.simulation.devices)
-        folder, built, state = load(self.run_dir)
+        folder, built, state = _chosen(self.run_dir, self.best)
         data = built.test if self.split == "test" else built.simulation.data
         evaluation = built.simulation.evaluate_in_use(state, data)
         console = Console()
@@ -174,31 +179,38 @@ class Plot:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """The runs' folders."""
+    clients: bool = False
+    """Draw the clients' own curves: how they spread, and how the worst and the best tenth of them fared."""
     out: Path | None = None
-    """The PNG file; by default curves.png in the run's folder, or in this folder for several runs."""
+    """The PNG file; by default curves.png, or clients.png, in the run's folder, or in this folder for several runs."""
 
     def __call__(self) -> int:
         """Runs the command and returns its exit status."""
         if not self.runs:
             raise ValueError("jaxfed plot: expected one run folder or more, got none.")
-        path = self.out or (self.runs[0] if len(self.runs) == 1 else Path()) / "curves.png"
-        print(save_curves(read_runs(list(self.runs)), path))
+        folder, runs = self.runs[0] if len(self.runs) == 1 else Path(), list(self.runs)
+        if self.clients:
+            print(save_curves_by_client(labelled(runs, read_client_curves), self.out or folder / "clients.png"))
+        else:
+            print(save_curves(read_runs(runs), self.out or folder / "curves.png"))
         return 0
 
 
 @dataclasses.dataclass
 class Export:
-    """Write the newest weights of a run to a file for other programs."""
+    """Write the newest or the best weights of a run to a file for other programs."""
 
     run_dir: Folder
     """The run's folder."""
+    best: bool = False
+    """The best weights by run.best or run.stop, instead of the newest."""
     out: Path | None = None
     """The file, .safetensors or .msgpack; by default weights.safetensors in the run's folder."""
 
     def __call__(self) -> int:
         """Runs the command and returns its exit status."""
         make_devices(RunFolder.open(self.run_dir).config.simulation.devices)
-        folder, _, state = load(self.run_dir)
+        folder, _, state = _chosen(self.run_dir, self.best)
         print(export_weights(state, self.out or folder.path / "weights.safetensors"))
         return 0
 
@@ -262,9 +274,17 @@ def _train(run: Run) -> int:
         print(f"Stopped after round {run.done}. When there is room, go on with  jaxfed resume {path}", file=sys.stderr)
         raise
     rows = "test" if run.built.test is not run.built.simulation.data else "training"
-    console.print(show.results(evaluation, f"After {rounds} rounds, on the {rows} rows"))
+    if run.early_end:
+        console.print(f"The run {run.early_end}.")
+    console.print(show.results(evaluation, f"After {run.done} rounds, on the {rows} rows"))
+    if (best := run.watch.best) is not None and best.round is not None:
+        console.print(f"Best {best.metric} {show.number(best.value)} after round {best.round}:  jaxfed evaluate {path} --best")
     console.print(f"Picture: {_short(picture)}\nHistory, checkpoints, results by client: {path}")
     return 0
+
+
+def _chosen(path: Path, best: bool) -> tuple[RunFolder, build.Built, RunState]:
+    return load_best(path) if best else load(path)
 
 
 @contextlib.contextmanager

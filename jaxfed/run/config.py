@@ -12,20 +12,38 @@ from typing import Any, Self
 
 from jaxfed import checks
 from jaxfed.run.environment import extra
-from jaxfed.run.section import Section, boolean, count, fraction, free, key, optional, spec, string, subsection
+from jaxfed.run.section import Section, boolean, count, fraction, free, key, number, optional, spec, string, subsection
 
 NONE = "none"
 """How TOML, which has no null, writes None."""
+
+
+class StopSection(Section, path="run.stop"):
+    """[run.stop] names a metric, and ends the run when it no longer improves; :class:`jaxfed.EarlyStopping` has the rule.
+
+    Attributes:
+        metric: An evaluated one, as it is called in the history without ``eval_``: ``accuracy``, ``loss_worst_decile``.
+        patience: How many evaluations in a row must be no better.
+        tolerance: By how much one must be better.
+        relative: Whether that is a fraction of the best.
+    """
+
+    metric: str = key(string)
+    patience: int = key(count(at_least=1), default=1)
+    tolerance: float = key(number(at_least=0), default=0.0)
+    relative: bool = key(boolean, default=False)
 
 
 class RunSection(Section, path="run"):
     """[run] says how long, from which seed, and where to.
 
     Attributes:
-        rounds: How many rounds the finished run has.
+        rounds: How many rounds the finished run has, unless it stops early.
         seed: Decides every draw of the run; also of the data and the partition where these have no seed of their own.
         eval_every: Evaluate every so many rounds, and after the last; 0 only at the very end.
         checkpoint_every: Write a checkpoint every so many rounds, and after the last; by default at every evaluation.
+        stop: When to stop early.
+        best: By which evaluated metric the best model is kept among the checkpoints; by default that of ``stop``, if given.
         out: The run's folder; ``runs/`` and the name of the config file unless given.
     """
 
@@ -33,7 +51,15 @@ class RunSection(Section, path="run"):
     seed: int = key(count(at_least=0, below=2**32), default=0)
     eval_every: int = key(count(at_least=0), default=10)
     checkpoint_every: int | None = key(optional(count(at_least=1)), default=None)
+    stop: StopSection | None = subsection(StopSection, default=None)
+    best: str | None = key(optional(string), default=None)
     out: str | None = key(optional(string), default=None)
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("stop", "best"):
+            if getattr(self, name) is not None and not self.eval_every:
+                raise ValueError(f"run.{name}: expected a run that is evaluated, got run.eval_every = 0. Set it to 1 or more.")
 
 
 class PartitionSection(Section, path="data.partition"):

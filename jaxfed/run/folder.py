@@ -1,15 +1,16 @@
 """The run folder: everything of one run under fixed names.
 
-==================  =========================================================================================
-``config.toml``     the settings with everything resolved (seeds, lanes, absolute paths); runs again as it is
-``run.json``        digests of settings and data, versions and machine
-``history.jsonl``   a line for each round, the same bytes whenever the run is repeated
-``timings.jsonl``   what took how long
-``checkpoints/``    the newest two states, and a journal of what clients keep where that is large
-``clients.csv``     the final model's results, a line for each client
-``result.json``     the final results; its presence says that the run is finished
-``curves.png``      the history as a picture
-==================  =========================================================================================
+=====================  ==========================================================================================
+``config.toml``        the settings with everything resolved (seeds, lanes, absolute paths); runs again as it is
+``run.json``           digests of settings and data, versions and machine
+``history.jsonl``      a line for each round, the same bytes whenever the run is repeated
+``client_curves.npy``  what each client was evaluated at, a NumPy array for each evaluation, one after the other
+``timings.jsonl``      what took how long
+``checkpoints/``       the newest two states, the best one, and a journal of what clients keep where that is large
+``clients.csv``        the final model's results, a line for each client
+``result.json``        the final results; its presence says that the run is finished
+``curves.png``         the history as a picture
+=====================  ==========================================================================================
 """
 
 import contextlib
@@ -18,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from jaxfed import files
+from jaxfed.run import client_curves
 from jaxfed.run.config import RunConfig
 from jaxfed.run.environment import environment
 
@@ -53,6 +55,7 @@ class RunFolder(NamedTuple):
                 files.write(partial / "config.toml", config.to_toml())
                 files.write(partial / "run.json", json.dumps(origin, indent=1))
                 files.write(partial / "history.jsonl", b"")
+                files.write(partial / client_curves.NAME, b"")
         except FileExistsError:
             remedy = f"Go on with  jaxfed resume {path}  or choose another folder with  --set run.out=FOLDER."
             raise FileExistsError(f"The run folder {path} exists already. {remedy}") from None
@@ -88,6 +91,11 @@ class RunFolder(NamedTuple):
         return self.path / "history.jsonl"
 
     @property
+    def curves(self) -> Path:
+        """The file of the clients' curves."""
+        return self.path / client_curves.NAME
+
+    @property
     def checkpoints(self) -> Path:
         """The folder of the checkpoints."""
         return self.path / "checkpoints"
@@ -113,11 +121,14 @@ class RunFolder(NamedTuple):
 
 
 def config_digest(config: RunConfig) -> str:
-    """Identifies all settings but how long the run is and where it lies: these may change on the way.
+    """Identifies all settings but how long the run is, with its patience, and where it lies: these may change on the way.
 
     Args:
         config: The resolved settings.
     """
     table = config.to_dict()
     table["run"] = {key: value for key, value in table["run"].items() if key not in ("rounds", "out")}
+    # By this metric the best model is kept, so it stays.
+    if (stop := config.run.stop) is not None:
+        table["run"]["stop"] = stop.metric
     return files.digest_of(table)

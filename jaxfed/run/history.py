@@ -3,10 +3,9 @@
 import hashlib
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -42,12 +41,46 @@ def line_of(row: Row) -> str:
     return json.dumps(row, allow_nan=False) + "\n"
 
 
-class HistoryFile:
-    """A history that is being written.
+class GrowingFile:
+    """A file to which a run adds at the end, and which goes back to what it was at a checkpoint.
 
     Attributes:
         path: The file.
         size: Its bytes.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        content = path.read_bytes()
+        self.size, self._hash = len(content), hashlib.sha256(content)
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """Its size and digest: to be kept with a checkpoint, for :meth:`cut` and :func:`check_mark`."""
+        return {"size": self.size, "digest": self._hash.hexdigest()}
+
+    def add(self, content: bytes) -> None:
+        """Adds bytes at the end and flushes them to the disk."""
+        # Not by write(): a history of many rounds would be copied each time. What a kill cuts is cut off at resume.
+        with open(self.path, "ab") as file:
+            file.write(content)
+            files.flush(file)
+        self.size += len(content)
+        self._hash.update(content)
+
+    @classmethod
+    def cut(cls, path: Path, size: int) -> Self:
+        """Opens a file after removing what follows its first ``size`` bytes: rounds that no checkpoint holds."""
+        content = path.read_bytes() if path.exists() else b""
+        if len(content) > size:
+            files.write(path, content[:size])
+        elif not path.exists():
+            files.write(path, b"")
+        return cls(path)
+
+
+class HistoryFile(GrowingFile):
+    """A history that is being written.
 
     Example:
         >>> import tempfile
@@ -62,40 +95,13 @@ class HistoryFile:
         [{'round': 1}]
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        content = path.read_bytes()
-        self.size, self._hash = len(content), hashlib.sha256(content)
-
-    @property
-    def mark(self) -> dict[str, Any]:
-        """Its size and digest: to be kept with a checkpoint, for :meth:`cut` and :func:`check_mark`."""
-        return {"size": self.size, "digest": self._hash.hexdigest()}
-
     def append(self, rows: Iterable[Row]) -> None:
-        """Adds rows at the end and flushes them to the disk."""
-        content = "".join(map(line_of, rows)).encode()
-        # Not by write(): a history of many rounds would be copied each time. What a kill cuts is cut off at resume.
-        with open(self.path, "ab") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        self.size += len(content)
-        self._hash.update(content)
-
-    @classmethod
-    def cut(cls, path: Path, size: int) -> "HistoryFile":
-        """Opens a history after removing what follows its first ``size`` bytes: rounds that no checkpoint holds."""
-        content = path.read_bytes() if path.exists() else b""
-        if len(content) > size:
-            files.write(path, content[:size])
-        elif not path.exists():
-            files.write(path, b"")
-        return cls(path)
+        """Adds rows."""
+        self.add("".join(map(line_of, rows)).encode())
 
 
 def check_mark(path: Path, mark: dict[str, Any]) -> None:
-    """Raises ValueError unless the history begins with the bytes that it had at a checkpoint."""
+    """Raises ValueError unless a file that grows begins with the bytes that it had at a checkpoint."""
     content = path.read_bytes() if path.exists() else b""
     if len(content) < mark["size"]:
         raise ValueError(f"{path} was cut short: expected {mark['size']} bytes or more, got {len(content)}.")

@@ -2,14 +2,15 @@
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jaxfed import files
 from jaxfed.run.environment import extra
 from jaxfed.run.history import Row, column, read_history
 
+T = TypeVar("T")
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#444444")
 """Colours that also differ for colour-blind eyes (Okabe and Ito)."""
 
@@ -72,14 +73,18 @@ def save_curves(histories: Mapping[str, list[Row]], path: str | Path) -> Path:
 
 
 def read_runs(paths: list[Path]) -> dict[str, list[Row]]:
-    """The histories of run folders, labelled by the folders' names, or by their paths where names are the same.
+    """The histories of run folders, as :func:`labelled`.
 
     Raises:
         ValueError: If a folder has no readable history.
     """
+    return labelled(paths, lambda path: read_history(path / "history.jsonl"))
+
+
+def labelled(paths: list[Path], read: Callable[[Path], T]) -> dict[str, T]:
+    """What is read of each run folder, by the folders' names, or by their paths where names are the same."""
     names = [path.resolve().name for path in paths]
-    labels = [str(path) if names.count(name) > 1 else name for path, name in zip(paths, names)]
-    return {label: read_history(path / "history.jsonl") for label, path in zip(labels, paths)}
+    return {str(path) if names.count(name) > 1 else name: read(path) for path, name in zip(paths, names)}
 
 
 def panels_of(histories: Mapping[str, list[Row]]) -> dict[str, str]:

@@ -28,9 +28,14 @@ def count(**limits: float) -> Check:
     return lambda where, value: scalar(checks.count, where, value, **limits)
 
 
+def number(**limits: float) -> Check:
+    """Finite numbers within limits."""
+    return lambda where, value: scalar(checks.number, where, value, **limits)
+
+
 def fraction(where: str, value: Any) -> float:
     """A number from 0 to 1, without 1."""
-    return scalar(checks.number, where, value, at_least=0, below=1)
+    return number(at_least=0, below=1)(where, value)
 
 
 def string(where: str, value: Any) -> str:

@@ -53,6 +53,7 @@ class SweepRun(NamedTuple):
         Raises:
             TypeError, ValueError, OSError: Before anything is written; also if the folder holds another sweep, or a finished one.
         """
+        _refuse_watching(config)
         config = build.resolved(config)
         built, settings = build.build(config), settings_of(axes_of(over))
         runs_of(built.simulation, settings, config.run.seed)
@@ -145,6 +146,13 @@ def axes_of(over: Iterable[str]) -> dict[Any, list[Any]]:
         else:
             axes[names] = single
     return axes
+
+
+def _refuse_watching(config: RunConfig) -> None:
+    for name in ("stop", "best"):
+        if getattr(config.run, name) is not None:
+            reason = "A sweep trains its settings side by side to the same round, and keeps their histories only. Leave it out."
+            raise ValueError(f"run.{name}: expected none for a sweep. {reason}")
 
 
 def _number(text: str) -> float | int:

@@ -7,23 +7,51 @@ import json
 import math
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
 
 from jaxfed import files
 from jaxfed.base import RunState
-from jaxfed.reports import Evaluation
+from jaxfed.reports import Evaluation, RoundReport
 from jaxfed.run import build, machines
-from jaxfed.run.checkpoint import Changed, Checkpoint, newest, save_run
+from jaxfed.run.checkpoint import Changed, Checkpoint, newest, open_checkpoint, save_run
+from jaxfed.run.client_curves import CurvesFile
 from jaxfed.run.config import RunConfig
 from jaxfed.run.environment import differences, environment
 from jaxfed.run.folder import RunFolder
-from jaxfed.run.history import HistoryFile, Row, check_mark, row_of
+from jaxfed.run.history import HistoryFile, Row, check_mark, read_history, row_of
+from jaxfed.run.watching import Watch, check_metrics
 from jaxfed.simulation import Simulation
+
+
+class Records(NamedTuple):
+    """The files that grow with every call."""
+
+    history: HistoryFile
+    curves: CurvesFile
+
+    @classmethod
+    def cut(cls, folder: RunFolder, notes: dict[str, Any]) -> Self:
+        """Opens them as they were at a checkpoint with these notes, or empty without any."""
+        sizes = {name: notes[name]["size"] if notes else 0 for name in cls._fields}
+        return cls(HistoryFile.cut(folder.history, sizes["history"]), CurvesFile.cut(folder.curves, sizes["curves"]))
+
+    @property
+    def marks(self) -> dict[str, Any]:
+        """How they are now, to be kept with a checkpoint."""
+        return {name: file.mark for name, file in self._asdict().items()}
+
+    def append(self, reports: list[RoundReport], rows: list[Row]) -> None:
+        """Adds reports, and the rows that were made of them."""
+        # The curves first: the history says how many of them count.
+        for report in reports:
+            if report.evaluation is not None:
+                self.curves.append(report.evaluation)
+        self.history.append(rows)
 
 
 class Run:
@@ -33,6 +61,7 @@ class Run:
         folder: Where everything is written.
         built: What the config names.
         state: The newest state.
+        watch: What the run decides by its evaluations.
 
     Example:
         >>> import tempfile
@@ -51,13 +80,17 @@ class Run:
         ([1, 2], True)
     """
 
-    def __init__(self, folder: RunFolder, built: build.Built, state: RunState, history: HistoryFile | None):
+    def __init__(self, folder: RunFolder, built: build.Built, state: RunState, records: Records | None, rows: Iterable[Row] = ()):
         self.folder, self.built, self.state = folder, built, state
+        self.watch = Watch(folder.config.run)
+        self.watch.see(rows)
         # None in all processes of a run but the one that writes.
-        self._history = history
+        self._records = records
         # The checkpoint from which the run goes on, and whose rows have changed since.
         self._changed = Changed(self.done, np.zeros(0, int))
         self._saved = self.done if (folder.checkpoints / f"{self.done:08d}").exists() else -1
+        # Whoever goes back to that checkpoint needs the model that was the best then.
+        self._best_when_saved = self._best_round
         self._lock = contextlib.ExitStack()
 
     @classmethod
@@ -71,13 +104,14 @@ class Run:
         built = build.build(config)
         state = built.simulation.init(key=jax.random.key(config.run.seed))
         build.check_round(built.simulation, state)
+        check_metrics(config.run, built.simulation, state)
         # The bits of a run depend on its lanes, so their choice is written down.
         lanes = {"simulation": config.simulation.to_dict() | {"lanes": _lanes(config, built.simulation, state)}}
         path, config = Path(config.run.out or "runs/run").absolute(), RunConfig.from_dict(config.to_dict() | lanes)
         if not machines.writes():
             return cls(RunFolder(path, config, {}), built, state, None)
         folder = RunFolder.create(path, config, built.digest)
-        run = cls(folder, built, state, HistoryFile(folder.history))
+        run = cls(folder, built, state, Records.cut(folder, {}))
         run._lock.enter_context(folder.locked())
         return run
 
@@ -97,9 +131,7 @@ class Run:
         """
         if not machines.writes():
             machines.meet("the folder is locked")
-            folder = RunFolder.open(path)
-            built, state, _ = _restored(folder)
-            return cls(folder, built, state, None)
+            return cls._restored(RunFolder.open(path))
         folder = RunFolder.open(path)
         with contextlib.ExitStack() as lock:
             # Before the checkpoints are looked at: another process may be writing one.
@@ -109,8 +141,29 @@ class Run:
                 remedy = f"To go on, raise them:  jaxfed resume {path} --rounds {2 * folder.config.run.rounds}."
                 raise ValueError(f"The run {path} is finished: it has done all its {folder.config.run.rounds} rounds. {remedy}")
             machines.meet("the folder is locked")
-            run = cls(folder, *_restored(folder))
+            run = cls._restored(folder)
             run._lock = lock.pop_all()
+        return run
+
+    @classmethod
+    def _restored(cls, folder: RunFolder) -> Self:
+        _warn_of_differences(folder)
+        built = _built(folder)
+
+        def accept(checkpoint: Checkpoint) -> None:
+            if checkpoint.notes["config"] != folder.origin["config"]:
+                raise ValueError(f"Checkpoint {checkpoint.folder} belongs to another run.")
+            check_mark(folder.history, checkpoint.notes["history"])
+            check_mark(folder.curves, checkpoint.notes["curves"])
+
+        state, checkpoint = _initial(folder, built), newest(folder.checkpoints, accept)
+        state, notes = (state, {}) if checkpoint is None else (checkpoint.load(state), checkpoint.notes)
+        records = Records.cut(folder, notes) if machines.writes() else None
+        # Another process may not have cut the history yet.
+        run = cls(folder, built, state, records, [row for row in read_history(folder.history) if row["round"] <= state.round])
+        if run.watch.stopped and folder.finished_rounds() == run.done:
+            remedy = f"To go on, raise run.stop.patience in {folder.path / 'config.toml'}, then resume."
+            raise ValueError(f"The run {folder.path} is finished: it {run.early_end}. {remedy}")
         return run
 
     @property
@@ -118,8 +171,24 @@ class Run:
         """Rounds done."""
         return int(self.state.round)
 
+    @property
+    def early_end(self) -> str:
+        """That the run stopped early, and why, as the end of a sentence; an empty text where it did not."""
+        if self.watch.stopping is None or not self.watch.stopped or self.done == self.folder.config.run.rounds:
+            return ""
+        return f"stopped after round {self.done} of {self.folder.config.run.rounds}, as {self.watch.stopping.reason}"
+
+    @property
+    def _best_round(self) -> int | None:
+        return self.watch.best and self.watch.best.round
+
     def train(self) -> Iterator[list[Row]]:
-        """Trains up to the config's rounds and yields the rows of every compiled call once they are on the disk."""
+        """Trains until ``run.stop`` says so, or up to the config's rounds, and yields the rows of every compiled call.
+
+        They are on the disk then.
+        """
+        if self.watch.stopped:
+            return
         section, simulation = self.folder.config.run, self.built.simulation
         every = section.checkpoint_every or section.eval_every or simulation.chunk
         chunks = simulation.chunks(
@@ -129,39 +198,51 @@ class Run:
         begin = time.perf_counter()
         for state, reports in chunks:
             rows = [row_of(report) for report in reports]
-            # The history first: a checkpoint must never know of rounds that the history lacks.
-            if self._history is not None:
-                self._history.append(rows)
+            # Records first: a checkpoint must never know of rounds that the history lacks.
+            if self._records is not None:
+                self._records.append(reports, rows)
             before, self.state = self.done, state
             counted = [report.clients[report.counted] for report in reports]
             self._changed = self._changed._replace(ids=np.unique(np.concatenate([self._changed.ids, *counted])))
-            if self.done // every > before // every or self.done == section.rounds:
+            improved, stopped = self._decide(rows)
+            if self.done // every > before // every or self.done == section.rounds or improved or stopped:
                 self.save()
             self._note_time(before, time.perf_counter() - begin)
             yield rows
+            if stopped:
+                return
             begin = time.perf_counter()
 
+    def _decide(self, rows: list[Row]) -> tuple[bool, bool]:
+        """Whether the best model is the present one, and whether to stop. All processes must agree, as they save together."""
+        improved = self.watch.see(rows)
+        decided = int(self.built.simulation.devices.agree(2 * improved + self.watch.stopped))
+        return bool(decided & 2), bool(decided & 1)
+
     def save(self) -> None:
-        """Writes a checkpoint that knows how the history was at that moment, unless it is there already."""
+        """Writes a checkpoint that knows how history and curves were at that moment, unless it is there already."""
         # To write it again would mean to remove it first.
         if self._saved == self.done:
             return
         state = self.built.simulation.portable(self.state)
-        if self._history is not None:
-            notes = {"history": self._history.mark, "config": self.folder.origin["config"]}
-            save_run(state, self.folder.checkpoints, notes=notes, changed=self._changed)
-        self._saved = self.done
+        if self._records is not None:
+            notes = {**self._records.marks, "config": self.folder.origin["config"], "best": self._best_round}
+            needed = [round for round in (self._best_round, self._best_when_saved) if round is not None]
+            save_run(state, self.folder.checkpoints, notes=notes, needed=needed, changed=self._changed)
+        self._saved, self._best_when_saved = self.done, self._best_round
         self._changed = Changed(self.done, np.zeros(0, int))
 
     def finish(self) -> Evaluation:
         """Evaluates the final model and writes ``clients.csv`` and ``result.json``."""
         evaluation = self.built.simulation.evaluate_in_use(self.state, self.built.test)
-        if self._history is None:
+        if self._records is None:
             return evaluation
         # The result comes last, for it says that the run is finished.
         write_clients(self.folder.path / "clients.csv", evaluation, self.built.test.client_names)
         row = {key: value if math.isfinite(value) else None for key, value in evaluation.row().items()}
-        files.write(self.folder.path / "result.json", json.dumps({"rounds": self.done} | row, indent=1) + "\n")
+        early = {"early_end": self.early_end} if self.early_end else {}
+        result = {"rounds": self.done} | early | self.watch.result() | row
+        files.write(self.folder.path / "result.json", json.dumps(result, indent=1) + "\n")
         return evaluation
 
     def __enter__(self) -> Self:
@@ -171,7 +252,7 @@ class Run:
         self._lock.close()
 
     def _note_time(self, before: int, seconds: float) -> None:
-        if self._history is None:
+        if self._records is None:
             return
         note = {"from": before + 1, "to": self.done, "seconds": round(seconds, 6)}
         with open(self.folder.path / "timings.jsonl", "a") as file:
@@ -190,12 +271,37 @@ def load(path: str | Path) -> tuple[RunFolder, build.Built, RunState]:
     Raises:
         ValueError: If the folder is no run folder or has no checkpoint that is intact.
     """
+    folder, built, checkpoint = _opened(path)
+    return folder, built, checkpoint.load(_initial(folder, built))
+
+
+def load_best(path: str | Path) -> tuple[RunFolder, build.Built, RunState]:
+    """As :func:`load`, the state of the best model so far.
+
+    Raises:
+        ValueError: Also if the run keeps no best model, or it is damaged.
+    """
+    folder, built, checkpoint = _opened(path)
+    best = checkpoint.notes["best"]
+    if best is None:
+        reason = (
+            "of no evaluation was its metric finite"
+            if folder.config.run.best or folder.config.run.stop
+            else "it was not asked to"
+        )
+        raise ValueError(f"The run {path} has kept no best model: {reason}. A run with  --set run.best=accuracy  does.")
+    if best != checkpoint.round:
+        checkpoint = open_checkpoint(folder.checkpoints / f"{best:08d}")
+    return folder, built, checkpoint.load(_initial(folder, built))
+
+
+def _opened(path: str | Path) -> tuple[RunFolder, build.Built, Checkpoint]:
     folder = RunFolder.open(path)
     built = _built(folder)
     checkpoint = newest(folder.checkpoints)
     if checkpoint is None:
         raise ValueError(f"The run {path} has no checkpoint yet. Go on with  jaxfed resume {path}.")
-    return folder, built, checkpoint.load(_initial(folder, built))
+    return folder, built, checkpoint
 
 
 def write_clients(path: Path, evaluation: Evaluation, names: Any) -> None:
@@ -218,22 +324,6 @@ def _more_rounds(folder: RunFolder, rounds: int) -> int:
     if rounds < done:
         raise ValueError(f"--rounds {rounds}: the run {folder.path} has done {done} rounds already. Give {done + 1} or more.")
     return rounds
-
-
-def _restored(folder: RunFolder) -> tuple[build.Built, RunState, HistoryFile]:
-    _warn_of_differences(folder)
-    built = _built(folder)
-
-    def accept(checkpoint: Checkpoint) -> None:
-        if checkpoint.notes["config"] != folder.origin["config"]:
-            raise ValueError(f"Checkpoint {checkpoint.folder} belongs to another run.")
-        check_mark(folder.history, checkpoint.notes["history"])
-
-    state, size = _initial(folder, built), 0
-    checkpoint = newest(folder.checkpoints, accept)
-    if checkpoint is not None:
-        state, size = checkpoint.load(state), checkpoint.notes["history"]["size"]
-    return built, state, HistoryFile.cut(folder.history, size)
 
 
 def _built(folder: RunFolder) -> build.Built:

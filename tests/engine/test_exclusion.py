@@ -92,6 +92,37 @@ def test_the_kept_row_of_an_excluded_client_stays(name):
     assert any(moved)
 
 
+def slope_loss(w, batch, key):
+    """A gradient that is ``slope`` everywhere."""
+    return batch["slope"] * w
+
+
+PERSONAL = {
+    "ditto": jaxfed.ditto(slope_loss, strength=0.0, lrate=1e-30, personal_lrate=1e10, **FULL),
+    "apfl": jaxfed.apfl(slope_loss, alpha=0.5, lrate=1e-30, personal_lrate=1e10, **FULL),
+}
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("name", PERSONAL)
+def test_what_is_not_finite_is_not_kept_though_the_upload_is(name, lanes):
+    """At a slope of 1e30 client 2 overflows in its own model and in nothing that it sends."""
+    data = [jaxfed.FederatedData.from_arrays({"slope": np.array([1, 1, x, 1], np.float32)}, range(4)) for x in (1, 1e30)]
+    start, states = None, []
+    for rows, cohort in ((data[0], EVERYONE), (data[1], EVERYONE), (data[1], Planned([[0, 1, 3, 3]], [[1.0, 1.0, 1.0, 0.0]]))):
+        simulation = Simulation(PERSONAL[name], rows, selector=cohort, lanes=lanes)
+        state = simulation.init(jnp.ones(()), key=jax.random.key(0)) if start is None else start
+        state, history = simulation.run(state, rounds=1)
+        start = state if start is None else start
+        states.append((state, history[0]))
+    (healthy, _), (after, report), (without, _) = states
+    assert report.excluded == [2]
+    assert np.isfinite([report.metrics["loss"][2], report.update_norm]).all()
+    assert all(np.isfinite(x).all() for x in leaves(after))
+    assert_equal(row(after.kept, 2), row(healthy.kept, 2))
+    assert_equal(after.params, without.params)
+
+
 @pytest.mark.parametrize("algorithm", ALGORITHMS.values(), ids=ALGORITHMS)
 def test_a_round_in_which_nobody_counts_changes_nothing_but_its_number(algorithm):
     _, state, _ = one_round(algorithm, 1.0, EVERYONE)

@@ -15,10 +15,10 @@ import pytest
 from jaxfed.run.config import RunConfig
 from jaxfed.run.export import export_weights
 from jaxfed.run.history import read_history
-from jaxfed.run.training import load
+from jaxfed.run.training import load, load_best
 
 ROOT = Path(__file__).resolve().parents[2]
-FILES = ("history.jsonl", "clients.csv", "result.json", "weights.safetensors")
+FILES = ("history.jsonl", "client_curves.npy", "clients.csv", "result.json", "weights.safetensors")
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 
@@ -65,6 +65,7 @@ if moment == "in-a-record": at(journal, "_append", 1, half_a_record, counts=is_r
 if moment == "before-a-segment": at(files.os, "replace", 1, counts=is_segment)
 if moment == "after-a-segment": at(checkpoint, "_write_manifest", 1)
 if moment == "before-segments-go": at(journal, "remove_unneeded", 1)
+if moment == "before-the-result": at(training, "write_clients", 1)
 sys.exit(cli.main(sys.argv[3:]))
 """
 
@@ -86,9 +87,10 @@ def done(cache, *arguments):
 
 
 def content(path):
-    """The files that must not differ, and the weights."""
+    """The files that must not differ, the weights, and the weights of the best model."""
     export_weights(load(path)[2], path / "weights.safetensors")
-    return {name: (path / name).read_bytes() for name in FILES}
+    best = export_weights(load_best(path)[2], path / "best.safetensors")
+    return {name: (path / name).read_bytes() for name in (*FILES, best.name)}
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +101,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def config(table, tmp_path):
-    """The config's file."""
-    table["run"]["rounds"] = 12
+    """The config's file. The run stops after 12 of its rounds, since its loss rises after 6."""
+    table["run"] |= {"rounds": 20, "stop": {"metric": "loss", "patience": 3}}
     (tmp_path / "run.toml").write_text(RunConfig.from_dict(table).to_toml())
     return str(tmp_path / "run.toml")
 
@@ -116,6 +118,7 @@ MOMENTS = {
     "in-the-state": 4,
     "before-the-rename": 6,
     "before-the-removal": 8,
+    "before-the-result": 12,
 }
 """Where to kill, and the newest checkpoint that is there afterwards; each goes on from the one before."""
 
@@ -130,7 +133,9 @@ def test_a_run_killed_at_every_moment_ends_as_if_it_had_not_been_killed(config, 
         arguments = ["resume", str(path)]
     done(cache, *arguments)
     assert content(path) == content(tmp_path / "whole")
-    assert not list((path / "checkpoints").glob(".partial*"))
+    assert sorted(os.listdir(path / "checkpoints")) == ["00000006", "00000010", "00000012"]
+    result = json.loads((path / "result.json").read_text())
+    assert (result["rounds"], result["best"]["round"]) == (12, 6)
 
 
 JOURNALED = {
@@ -148,7 +153,7 @@ JOURNALED = {
 
 def test_a_run_with_a_journal_killed_at_every_moment_ends_as_if_it_had_not_been_killed(table, cache, tmp_path):
     """Its clients are more than a cohort, so that checkpoints go on in a segment, and the run without a kill has no journal."""
-    table["run"] |= {"rounds": 10}
+    table["run"] |= {"rounds": 10, "best": "loss"}
     table["data"]["path"] = str(tmp_path / "many.npz")
     table["simulation"]["cohort_size"] = 2
     rows = np.random.default_rng(1).normal(size=(60, 4)).astype(np.float32)
@@ -165,13 +170,16 @@ def test_a_run_with_a_journal_killed_at_every_moment_ends_as_if_it_had_not_been_
     assert result.returncode == 0, result.stderr
     assert content(path) == content(tmp_path / "whole")
     left = {p.name for p in (path / "checkpoints").iterdir()}
-    assert {"00000008", "00000010"} < left
+    best = json.loads((path / "result.json").read_text())["best"]["round"]
+    assert {f"{round:08d}" for round in (best, 8, 10)} < left
+    assert best < 8
     assert all(name.startswith(("0", "clients-")) for name in left)
 
 
 def test_ctrl_c_says_how_to_go_on_and_loses_no_round(config, cache, tmp_path):
     path = tmp_path / "stopped"
     settings = ["--set", f"run.out={path}", "--set", "run.rounds=100000", "--set", "run.checkpoint_every=90000"]
+    settings += ["--set", "run.stop=none"]
     arguments = [sys.executable, "-m", "jaxfed.run", "run", config, *settings]
     process = subprocess.Popen(arguments, env=environment(cache), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for_rounds(path, 6)
@@ -195,7 +203,16 @@ def wait_for_rounds(path, rounds):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_a_run_killed_at_random_moments_again_and_again(config, cache, tmp_path, seed):
-    longer = ["--set", "run.rounds=120", "--set", "run.eval_every=7", "--set", "run.checkpoint_every=1"]
+    longer = [
+        "--set",
+        "run.rounds=120",
+        "--set",
+        "run.stop.patience=100",
+        "--set",
+        "run.eval_every=7",
+        "--set",
+        "run.checkpoint_every=1",
+    ]
     done(cache, "run", config, *longer, "--set", f"run.out={tmp_path / 'whole'}")
     path, draw = tmp_path / "killed", random.Random(seed)
     arguments = ["run", config, *longer, "--set", f"run.out={path}"]

@@ -1,0 +1,190 @@
+"""Runs that stop early and keep their best model, against runs of chosen lengths; test_kill.py kills them.
+
+The run of these tests overfits: its loss falls up to round 6 and rises from there.
+"""
+
+import json
+import os
+
+import jax
+import numpy as np
+import pytest
+from run.test_training import complete, start, stop_after
+
+from jaxfed.run.cli import main
+from jaxfed.run.client_curves import read_client_curves
+from jaxfed.run.history import read_history
+from jaxfed.run.sweeping import SweepRun
+from jaxfed.run.training import Run, RunConfig, load, load_best
+
+STOP = {"metric": "loss", "patience": 2, "tolerance": 0.001}
+FILES = ("history.jsonl", "client_curves.npy", "clients.csv", "result.json")
+
+
+@pytest.fixture
+def stopping(table):
+    """The table of a run that stops early."""
+    table["run"] |= {"rounds": 30, "stop": STOP}
+    return table
+
+
+@pytest.fixture
+def stopped(stopping, tmp_path):
+    """The folder of one that was never interrupted."""
+    return complete(start(stopping, tmp_path / "stopped"))
+
+
+def weights(state):
+    return [np.asarray(x).tobytes() for x in jax.tree.leaves((state.params, state.kept))]
+
+
+def length(table, tmp_path, rounds):
+    """The folder of a run of so many rounds that neither stops nor keeps a best model."""
+    table = table | {"run": {key: value for key, value in table["run"].items() if key != "stop"}}
+    return complete(start(table, tmp_path / f"of-{rounds}", rounds=rounds))
+
+
+def test_it_stops_after_the_round_that_the_whole_history_says_and_keeps_the_best(stopping, stopped, tmp_path):
+    whole = (length(stopping, tmp_path, 30) / "history.jsonl").read_text().splitlines(keepends=True)
+    losses = {row["round"]: row["eval_loss"] for row in map(json.loads, whole) if "eval_loss" in row}
+    best, last, stuck = np.inf, 0, 0
+    for round, loss in losses.items():
+        stuck = 0 if best - loss > 0.001 else stuck + 1
+        best, last = min(best, loss), round
+        if stuck == 2:
+            break
+    best_round = next(round for round, loss in losses.items() if loss == best)
+    assert best_round < last < 30
+    assert (stopped / "history.jsonl").read_text() == "".join(whole[:last])
+    result = json.loads((stopped / "result.json").read_text())
+    assert result["rounds"] == last
+    assert result["best"] == {"round": best_round, "metric": "loss", "value": best}
+    reason = "loss has not improved by more than 0.001 for 2 evaluations"
+    assert result["early_end"] == f"stopped after round {last} of 30, as {reason}"
+    _, built, state = load_best(stopped)
+    assert weights(state) == weights(load(length(stopping, tmp_path, best_round))[2])
+    assert built.simulation.evaluate(state, built.test).metrics["loss"] == best
+
+
+@pytest.mark.parametrize("calls", [1, 3, 4])
+def test_a_resumed_run_stops_at_the_same_round(stopping, stopped, calls):
+    path = complete(Run.resume(stop_after(start(stopping), calls)))
+    assert all((path / name).read_bytes() == (stopped / name).read_bytes() for name in FILES)
+    assert sorted(os.listdir(path / "checkpoints")) == sorted(os.listdir(stopped / "checkpoints"))
+    assert weights(load_best(path)[2]) == weights(load_best(stopped)[2])
+
+
+def test_a_stopped_run_is_finished_and_goes_on_with_more_patience(stopping, stopped, tmp_path):
+    with pytest.raises(ValueError, match=r"is finished: it stopped after round 10 of 30.* raise run\.stop\.patience"):
+        Run.resume(stopped)
+    text = (stopped / "config.toml").read_text()
+    (stopped / "config.toml").write_text(text.replace("patience = 2", "patience = 4"))
+    stopping["run"]["stop"] = STOP | {"patience": 4}
+    longer = complete(start(stopping, tmp_path / "longer"))
+    complete(Run.resume(stopped))
+    assert all((stopped / name).read_bytes() == (longer / name).read_bytes() for name in FILES)
+    (stopped / "config.toml").write_text(text.replace('metric = "loss"', 'metric = "accuracy"'))
+    with pytest.raises(ValueError, match=r"config\.toml was changed since the run began"):
+        Run.resume(stopped)
+
+
+def test_the_best_stays_though_checkpoints_are_rare_and_the_newest_is_damaged(table, tmp_path):
+    """A checkpoint comes with each best evaluation; going back to the one before still finds the best of that time."""
+    table["run"] |= {"rounds": 10, "best": "loss", "checkpoint_every": 100}
+    path = complete(start(table))
+    assert sorted(os.listdir(path / "checkpoints")) == ["00000004", "00000006", "00000010"]
+    (path / "checkpoints" / "00000010" / "manifest.json").write_text("")
+    (path / "checkpoints" / "00000006" / "manifest.json").write_text("")
+    with pytest.warns(UserWarning, match=r"Going back to round 4\."):
+        assert int(load_best(path)[2].round) == 4
+    with pytest.warns(UserWarning, match=r"Going back to round 4\."):
+        complete(Run.resume(path))
+    assert int(load_best(path)[2].round) == 6
+
+
+def test_personal_models_are_watched_as_they_are_used(table):
+    algorithm = {"name": "ditto", "lrate": 0.3, "batch_size": 4, "strength": 0.1}
+    table["run"] |= {"rounds": 16, "stop": {"metric": "loss_worst_decile", "patience": 3}}
+    path = complete(start(table | {"algorithm": algorithm}))
+    curves = read_client_curves(path)
+    by_hand = [np.percentile(values, 90) for values in curves.metrics["loss"].astype(float)]
+    best = json.loads((path / "result.json").read_text())["best"]
+    assert best["round"] == curves.rounds[np.argmin(by_hand)]
+    assert best["value"] == pytest.approx(min(by_hand), rel=1e-6)
+    _, built, state = load_best(path)
+    found = built.simulation.evaluate_personal(state, built.test).by_client["loss"]
+    np.testing.assert_array_equal(found.astype(np.float32), curves.metrics["loss"][np.argmin(by_hand)])
+
+
+def test_the_curves_are_what_each_client_was_evaluated_at(table, tmp_path):
+    path = complete(start(table))
+    curves = read_client_curves(path)
+    assert curves.rounds.tolist() == [2, 4, 6]
+    for number, round in enumerate(curves.rounds):
+        _, built, state = load(length(table, tmp_path, int(round)))
+        for name, values in built.simulation.evaluate(state, built.test).by_client.items():
+            np.testing.assert_array_equal(curves.metrics[name][number], values.astype(np.float32))
+    lines = (path / "clients.csv").read_text().splitlines()
+    assert lines[0].split(",")[3:] == sorted(curves.metrics)
+    np.testing.assert_allclose([float(line.split(",")[4]) for line in lines[1:]], curves.metrics["loss"][-1], rtol=1e-6)
+
+
+def test_damaged_and_missing_curves_are_told(table, tmp_path):
+    path = stop_after(start(table), 2)
+    (path / "client_curves.npy").write_bytes((path / "client_curves.npy").read_bytes()[:-4])
+    with pytest.raises(ValueError, match=r"client_curves\.npy was cut short or altered"):
+        read_client_curves(path)
+    with pytest.warns(UserWarning, match=r"client_curves\.npy was cut short.* Going back to round 2"):
+        Run.resume(path).__exit__()
+    never = complete(start(table, tmp_path / "never", eval_every=0))
+    with pytest.raises(ValueError, match=r"was not evaluated yet; run\.eval_every says when it is"):
+        read_client_curves(never)
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"best": "acuracy"}, r"run\.best: No evaluated metric is called 'acuracy'\. Did you mean 'accuracy'\?"),
+        ({"stop": {"metric": "eval_loss"}}, r"run\.stop\.metric: No evaluated metric is called 'eval_loss'"),
+        ({"stop": {"metric": "loss", "patience": 0}}, r"run\.stop\.patience: expected an integer at least 1, got 0"),
+        ({"stop": {"metric": "loss", "tolerance": -1}}, r"run\.stop\.tolerance: expected a finite number at least 0, got -1"),
+        ({"stop": {}}, r"run\.stop\.metric is missing\. \[run\.stop\] names a metric"),
+        ({"stop": {"metric": "loss"}, "eval_every": 0}, r"run\.stop: expected a run that is evaluated, got run\.eval_every = 0"),
+        ({"best": "loss", "eval_every": 0}, r"run\.best: expected a run that is evaluated"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused_before_anything_is_written(table, tmp_path, changes, text):
+    with pytest.raises(ValueError, match=text):
+        start(table, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_sweep_neither_stops_nor_keeps_a_best_model(table, tmp_path):
+    table["run"]["best"] = "loss"
+    with pytest.raises(ValueError, match=r"run\.best: expected none for a sweep"):
+        SweepRun.start(RunConfig.from_dict(table), ["seed=0:2"], tmp_path / "sweep")
+
+
+def test_the_command_says_why_it_stopped_and_takes_the_best(stopping, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("jaxfed.run.commands.use_compilation_cache", lambda: None)
+    monkeypatch.setenv("COLUMNS", "300")
+    (tmp_path / "run.toml").write_text(RunConfig.from_dict(stopping).to_toml())
+    assert main(["run", str(tmp_path / "run.toml")]) == 0
+    said = capsys.readouterr().out
+    assert "The run stopped after round 10 of 30, as loss has not improved by more than 0.001 for 2 evaluations." in said
+    best = next(row for row in read_history(tmp_path / "run" / "history.jsonl") if row["round"] == 6)
+    assert f"Best loss {best['eval_loss']:.4g} after round 6:  jaxfed evaluate {tmp_path / 'run'} --best" in said
+    assert main(["evaluate", str(tmp_path / "run"), "--best"]) == 0
+    said = capsys.readouterr().out
+    assert "After 6 rounds, on the test rows" in said
+    assert f"{best['eval_loss']:.4g}" in said
+    assert main(["export", str(tmp_path / "run"), "--best"]) == 0
+    assert main(["plot", str(tmp_path / "run"), "--clients"]) == 0
+    assert (tmp_path / "run" / "clients.png").read_bytes().startswith(b"\x89PNG")
+    other = str(tmp_path / "other")
+    assert (
+        main(["run", str(tmp_path / "run.toml"), "--set", "run.stop=none", "--set", "run.rounds=2", "--set", f"run.out={other}"])
+        == 0
+    )
+    assert main(["evaluate", other, "--best"]) == 2
+    assert "has kept no best model: it was not asked to. A run with  --set run.best=accuracy  does." in capsys.readouterr().err
