@@ -83,6 +83,31 @@ def test_personal(load):
         assert own > common > 0.7
 
 
+def test_fair(load):
+    """The minima in closed form: of 9 w^p + (1 - w)^p with p = 2 (q + 1), and where both groups' losses are the same."""
+    found = load("fair").main()
+    expected = {f"q-FedAvg, q = {q}": 1 / (1 + 9 ** (1 / (2 * q + 1))) for q in (1, 5)}
+    for name, w in (expected | {"FedAvg": 0.1, "AFL": 0.5}).items():
+        assert found[name] == pytest.approx((w, 0.45 * w**2 + 0.05 * (1 - w) ** 2, max(w, 1 - w) ** 2 / 2), abs=1e-4)
+
+
+def test_stragglers(load):
+    """Partial work is worth more than none, whatever becomes of it."""
+    dropped, *partial = load("stragglers").main(rounds=20).values()
+    assert min(partial) > dropped + 0.15
+
+
+def test_early_stopping(load):
+    """It stops ten evaluations after the best validation loss of all, whose model does better on test rows than the last."""
+    best, history, losses = load("early_stopping").main()
+    rounds, curves = history.by_client("loss")
+    assert curves.shape == (len(rounds), 30)
+    evaluated = history["eval_loss"][history["round"] % 5 == 0]
+    assert (best.round, best.value) == (rounds[evaluated.argmin()], evaluated.min())
+    assert len(rounds) - 1 - evaluated.argmin() == 10
+    assert losses["best"] < losses["last"]
+
+
 def test_learn_server_rate(load):
     """The learned rate does as well as the best of a fine grid, and FedAvg's own far worse."""
     found = load("learn_server_rate").main()

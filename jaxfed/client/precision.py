@@ -104,7 +104,7 @@ def _rewritten(dtype: Any, value: Any) -> Any:
 def _equation(dtype: Any, eqn: core.JaxprEqn) -> core.JaxprEqn:
     if not _is_wide_product(dtype, eqn):
         return eqn.replace(params={name: _rewritten(dtype, value) for name, value in eqn.params.items()})
-    options = {**eqn.params, "preferred_element_type": eqn.outvars[0].aval.dtype}
+    options = {**eqn.params, "preferred_element_type": _dtype(eqn.outvars[0])}
 
     @jax.jit
     def product(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -117,8 +117,8 @@ def _equation(dtype: Any, eqn: core.JaxprEqn) -> core.JaxprEqn:
 def _rounded(dtype: Any, factor: jax.Array) -> jax.Array:
     if jax.default_backend() != "cpu":
         return factor.astype(dtype)
-    # Read at trace time. XLA's CPU backend multiplies in float32 whatever it is given, and where it tries not to it fails on some
-    # layouts ("Unsupported element type for DotThunk: BF16 x BF16 = F32", jaxlib 0.10). So there the factors are only rounded.
+    # Read at trace time. XLA's CPU backend (jaxlib 0.10) multiplies a few layouts of narrow factors with wide sums, and fails on
+    # others when it runs ("Unsupported element type for DotThunk"). In float32 the product of rounded factors is the same.
     bits = jnp.finfo(dtype)
     return jax.lax.reduce_precision(factor, bits.nexp, bits.nmant)
 
@@ -126,5 +126,9 @@ def _rounded(dtype: Any, factor: jax.Array) -> jax.Array:
 def _is_wide_product(dtype: Any, eqn: core.JaxprEqn) -> bool:
     if eqn.primitive.name not in _PRODUCTS or eqn.params["precision"] is not None:
         return False
-    types = [atom.aval.dtype for atom in (*eqn.invars, *eqn.outvars)]
+    types = [_dtype(atom) for atom in (*eqn.invars, *eqn.outvars)]
     return all(jnp.issubdtype(t, jnp.floating) and t.itemsize > jnp.dtype(dtype).itemsize for t in types)
+
+
+def _dtype(atom: Any) -> jnp.dtype:
+    return atom.aval.dtype

@@ -101,7 +101,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture
 def config(table, tmp_path):
-    """The config's file. The run stops after 12 of its rounds, since its loss rises after 6."""
+    """The config's file. The run stops after 14 of its rounds, since its loss rises after 8."""
     table["run"] |= {"rounds": 20, "stop": {"metric": "loss", "patience": 3}}
     (tmp_path / "run.toml").write_text(RunConfig.from_dict(table).to_toml())
     return str(tmp_path / "run.toml")
@@ -117,8 +117,8 @@ MOMENTS = {
     "in-the-history": 2,
     "in-the-state": 4,
     "before-the-rename": 6,
-    "before-the-removal": 8,
-    "before-the-result": 12,
+    "before-the-removal": 10,
+    "before-the-result": 14,
 }
 """Where to kill, and the newest checkpoint that is there afterwards; each goes on from the one before."""
 
@@ -133,9 +133,9 @@ def test_a_run_killed_at_every_moment_ends_as_if_it_had_not_been_killed(config, 
         arguments = ["resume", str(path)]
     done(cache, *arguments)
     assert content(path) == content(tmp_path / "whole")
-    assert sorted(os.listdir(path / "checkpoints")) == ["00000006", "00000010", "00000012"]
+    assert sorted(os.listdir(path / "checkpoints")) == ["00000008", "00000012", "00000014"]
     result = json.loads((path / "result.json").read_text())
-    assert (result["rounds"], result["best"]["round"]) == (12, 6)
+    assert (result["rounds"], result["best"]["round"]) == (14, 8)
 
 
 JOURNALED = {
@@ -153,7 +153,7 @@ JOURNALED = {
 
 def test_a_run_with_a_journal_killed_at_every_moment_ends_as_if_it_had_not_been_killed(table, cache, tmp_path):
     """Its clients are more than a cohort, so that checkpoints go on in a segment, and the run without a kill has no journal."""
-    table["run"] |= {"rounds": 10, "best": "loss"}
+    table["run"] |= {"rounds": 10, "best": "loss_worst_decile"}
     table["data"]["path"] = str(tmp_path / "many.npz")
     table["simulation"]["cohort_size"] = 2
     rows = np.random.default_rng(1).normal(size=(60, 4)).astype(np.float32)

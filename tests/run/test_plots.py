@@ -3,6 +3,8 @@ import math
 import numpy as np
 import pytest
 
+from jaxfed.run.client_curves import ClientCurves
+from jaxfed.run.client_plots import curves_by_client, save_curves_by_client
 from jaxfed.run.history import line_of
 from jaxfed.run.plots import curves, read_runs, save_curves
 
@@ -71,3 +73,34 @@ def test_runs_are_labelled_by_their_folders(tmp_path):
 def test_a_folder_that_is_no_run_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"has no history\.jsonl"):
         read_runs([tmp_path])
+
+
+def curves_of(clients, evaluations=5, without_rows=0):
+    """Losses that fall from client to client and from evaluation to evaluation; the last clients have no rows."""
+    values = np.arange(clients, 0, -1.0) / np.arange(1.0, evaluations + 1)[:, None]
+    values[:, clients - without_rows :] = np.nan
+    return ClientCurves(10 * np.arange(1, evaluations + 1), {"loss": values, "accuracy": 1 / (1 + values)})
+
+
+def test_few_clients_have_a_line_each_and_many_a_spread():
+    few, many = curves_of(4), curves_of(500, without_rows=20)
+    figure = curves_by_client({"few": few, "many": many})
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["few: accuracy", "many: accuracy", "few: loss", "many: loss"]
+    assert [len(axes.lines) for axes in figure.axes] == [5, 3, 5, 3]
+    assert [len(axes.collections) for axes in figure.axes] == [0, 2, 0, 2]
+    best, worst, median = (line.get_ydata() for line in figure.axes[3].lines)
+    values = many.metrics["loss"][:, :480]
+    np.testing.assert_allclose(median, np.median(values, 1))
+    # The losses fall with the number: the last tenth that has rows ends best, the first worst.
+    np.testing.assert_allclose(best, values[:, -48:].mean(1))
+    np.testing.assert_allclose(worst, values[:, :48].mean(1))
+    wide, narrow = (band.get_datalim(figure.axes[3].transData).intervaly for band in figure.axes[3].collections)
+    for band, percentiles in ((wide, (10, 90)), (narrow, (25, 75))):
+        low, high = np.percentile(values, percentiles, axis=1)
+        assert tuple(band) == pytest.approx((low.min(), high.max()))
+
+
+def test_clients_that_all_lack_rows_leave_an_empty_panel(tmp_path):
+    path = save_curves_by_client({"none": curves_of(20, without_rows=20)}, tmp_path / "none.png")
+    assert path.read_bytes().startswith(b"\x89PNG")

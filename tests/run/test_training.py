@@ -52,8 +52,8 @@ def same(path, whole):
 
 
 def test_a_run_leaves_its_files(whole):
-    names = ["checkpoints", "clients.csv", "config.toml", "history.jsonl", "result.json", "run.json", "timings.jsonl"]
-    assert sorted(os.listdir(whole)) == [".lock", *names]
+    written = ["client_curves.npy", "clients.csv", "config.toml", "history.jsonl", "result.json", "run.json", "timings.jsonl"]
+    assert sorted(os.listdir(whole)) == sorted([".lock", "checkpoints", *written])
     rows = [json.loads(line) for line in (whole / "history.jsonl").read_text().splitlines()]
     assert [row["round"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["round"] for row in rows if "eval_accuracy" in row] == [2, 4, 6]
