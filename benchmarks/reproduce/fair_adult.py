@@ -91,15 +91,18 @@ ROWS = [
 def draw(figure: Any, results: Results) -> None:
     """Accuracy of both clients and the worse one's loss, by method."""
     accuracy, loss = figure.subplots(1, 2)
-    metrics = ("accuracy of doctorates", "accuracy of others")
-    for (place, method), (shift, metric) in product(enumerate(METHODS), zip((-0.15, 0.15), metrics)):
-        color = pictures.COLORS[int(shift > 0)]
-        label = metric.removeprefix("accuracy of ") if place == 0 else None
-        pictures.dots(accuracy, place + shift, list(results.by_seed(method, SETTING, metric).values()), color, label)
     for place, method in enumerate(METHODS):
-        pictures.dots(loss, place, list(results.by_seed(method, SETTING, "worst training loss").values()), pictures.COLORS[3])
+        both = [results.mean(method, SETTING, f"accuracy of {who}") for who in ("doctorates", "others")]
+        accuracy.plot([place, place], both, color="#bbbbbb", linewidth=3, zorder=1)
+        for value, who, color in zip(both, ("doctorates", "others"), pictures.COLORS):
+            accuracy.plot(place, value, "o", color=color, markersize=8, label=who if place == 0 else None)
+            accuracy.annotate(f"{value:.1%}", (place, value), (9, 0), textcoords="offset points", va="center", fontsize=8.5)
+        worst = results.mean(method, SETTING, "worst training loss")
+        loss.bar(place, worst, color=pictures.COLORS[3], width=0.6)
+        loss.annotate(f"{worst:.3f}", (place, worst), (0, 3), textcoords="offset points", ha="center", fontsize=8.5)
     accuracy.set_ylabel("test accuracy")
-    accuracy.legend(frameon=False)
+    accuracy.legend(frameon=False, loc="center right")
+    accuracy.set_xlim(right=len(METHODS) - 0.4)
     loss.set_ylabel("training loss of the client that fares worse")
     for panel in (accuracy, loss):
         panel.set_xticks(range(len(METHODS)), METHODS)

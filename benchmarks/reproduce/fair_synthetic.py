@@ -19,6 +19,7 @@ from .training import by_client, trained
 
 LEVELS, SEEDS, SETTING = (0.0, 0.5, 1.0, 2.0), (0, 1, 2), "synthetic(1,1), 100 clients"
 PAPER = "Li et al. 2020 (q-FFL): falls in q"
+SLOW = "The steps of q = 2 are the smallest: it is probably not there yet in the shortened form."
 ACCURACY, VARIANCE = "accuracy by client", "accuracy variance"
 
 
@@ -49,13 +50,24 @@ def train(run: Run, folder: Path, whole: bool) -> Numbers:
 def falls(lower: float, higher: float) -> Row:
     """The variance falls between two levels."""
     gap = differences((method(lower), SETTING), (method(higher), SETTING), VARIANCE)
-    return Row(f"{method(lower)} - {method(higher)}", SETTING, VARIANCE, None, PAPER, every_seed_at_least(0), "", gap)
+    return Row(
+        f"{method(lower)} - {method(higher)}",
+        SETTING,
+        VARIANCE,
+        None,
+        PAPER,
+        every_seed_at_least(0),
+        SLOW if higher == 2 else "",
+        gap,
+    )
 
 
 def keeps(q: float) -> Row:
     """The mean of the clients' accuracies stays within three points."""
     gap = differences((method(q), SETTING), (method(0), SETTING), ACCURACY)
-    return Row(f"{method(q)} - {method(0)}", SETTING, ACCURACY, None, PAPER, every_seed_at_least(-0.03), "", gap)
+    return Row(
+        f"{method(q)} - {method(0)}", SETTING, ACCURACY, None, PAPER, every_seed_at_least(-0.03), SLOW if q == 2 else "", gap
+    )
 
 
 def draw(figure: Any, results: Results) -> None:

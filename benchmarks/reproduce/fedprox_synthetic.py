@@ -103,6 +103,9 @@ LOSSES = {"iid": 0.877, "(0,0)": 0.605, "(.5,.5)": 0.515, "(1,1)": 0.352}
 SPLIT = "The test rows are another tenth: three other splits of these data move this mean by 0.007, and the training loss agrees."
 
 
+EDGE = "One seed of three moves by 0.0054, on 891 test rows."
+
+
 def losses() -> list[Row]:
     """Training losses, which do not depend on which rows are for testing as accuracies do."""
     return [Row("fedprox mu=1", setting(name, 0), "training loss", x, NUMPY, within(0.03)) for name, x in LOSSES.items()]
@@ -140,7 +143,16 @@ def claims() -> list[Row]:
         for gap in [differences(("fedprox mu=0", s), ("fedavg", s), "accuracy")]
     ]
     still = [
-        Row(f"{prox}, 90% - 0% late", name, "accuracy", 0.003, NUMPY, every_seed_at_most(0.005), "", moved(name))
+        Row(
+            f"{prox}, 90% - 0% late",
+            name,
+            "accuracy",
+            0.003,
+            NUMPY,
+            every_seed_at_most(0.005),
+            EDGE if name == "(.5,.5)" else "",
+            moved(name),
+        )
         for name in UNLIKE
     ]
     ahead = differences((prox, late), ("fedavg", late), "accuracy")

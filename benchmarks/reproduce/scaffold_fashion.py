@@ -99,10 +99,8 @@ def draw(figure: Any, results: Results) -> None:
             panel.bar(place, mean, color=color, width=0.7)
             panel.plot([place] * len(values), values, ".", color="#222222", markersize=4)
             if values:
-                text = f"{mean:.0f}" if max(values) < MOST else f"over {MOST}"
-                panel.annotate(text, (place, mean), (0, 3), textcoords="offset points", ha="center", fontsize=8)
-        panel.set_yscale("log")
-        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+                text = f"{mean:.3g}" if max(values) < MOST else f"over {MOST}"
+                panel.annotate(text, (place, max(values)), (0, 4), textcoords="offset points", ha="center", fontsize=8)
         panel.set_xticks(range(len(METHODS)), METHODS)
         panel.tick_params(axis="x", rotation=35)
         panel.set_title(f"clients {similarity}% alike", loc="left")
