@@ -86,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", metavar="NAME,...", help="some of: " + ", ".join(one.name for one in FEDERATIONS))
     parser.add_argument("--full", action="store_true", help="whole runs where the default is a shortened form")
     parser.add_argument("--report", action="store_true", help="only write table and pictures from the finished runs")
-    parser.add_argument("--data", help="the folder of data sets; else JAXFED_DATA, else shared/data beside the project")
+    parser.add_argument("--data", help="the folder of data sets; else JAXFED_DATA")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--pictures", type=Path, default=PICTURES)
     return parser
