@@ -102,9 +102,15 @@ def lost(rule: str, where: str) -> Ours:
     return ours
 
 
+GENTLE = (
+    "Fifteen rounds of a convex model are not led astray: all that is sent lies within the honest spread, or is averaged away."
+)
+
+
 def breaks(rule: str, where: str, source: str) -> Row:
     """A rule that does not withstand an attack."""
-    return Row(f"{rule}: calm - attacked", where, "accuracy", None, source, every_seed_at_least(0.15), "", lost(rule, where))
+    remark = GENTLE if where.startswith(("a little", "gaussian")) else ""
+    return Row(f"{rule}: calm - attacked", where, "accuracy", None, source, every_seed_at_least(0.15), remark, lost(rule, where))
 
 
 def withstands(rule: str, where: str, source: str) -> Row:

@@ -37,6 +37,8 @@ METHODS = {
 PUBLISHED = {"pooled": 0.704, "fedavg": 0.735, "fedprox": 0.717, "scaffold": 0.699, "fedadam": 0.842, "fedyogi": 0.842}
 SPREAD = {"pooled": 0.102, "fedavg": 0.157, "fedprox": 0.145, "scaffold": 0.031, "fedadam": 0.015, "fedyogi": 0.015}
 FLAMBY = "FLamby, 5 seeds"
+# As PyTorch begins a linear layer: with features that are not scaled, five rounds do not forget where they began.
+RISK = nn.Dense(1, kernel_init=nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform"))
 
 
 @lru_cache(maxsize=1)
@@ -64,9 +66,7 @@ def pooled(rows: FederatedData) -> FederatedData:
 def train(run: Run, folder: Path, whole: bool) -> Numbers:
     """One run; pooled, it is SGD of the same number of passes."""
     rows, test = data(folder)
-    # As PyTorch begins a linear layer: with features that are not scaled, five rounds do not forget where they began.
-    begin = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-    model = from_linen(nn.Dense(1, kernel_init=begin), rows.client(0), loss=cox, label_key=None)
+    model = from_linen(RISK, rows.client(0), loss=cox, label_key=None)
     if run.method == "pooled":
         steps = ROUNDS * STEPS
         simulation = jaxfed.Simulation(jaxfed.fedavg(model, lrate=0.1, batch_size=8, steps=steps), pooled(rows))
