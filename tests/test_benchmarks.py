@@ -300,3 +300,16 @@ def test_agreement_is_to_four_decimals(load, monkeypatch, plain, expected):
     monkeypatch.setattr(agree, "line_of", lambda environment, *_: {"loss": losses[environment], "data": data})
     assert agree.agrees("W1", "float32") == expected
     assert not agree.agrees("W1", "float64")
+
+
+def test_hot_parts_are_those_of_today(load):
+    """They need pytest-benchmark to run, and none to be loaded."""
+    for path in sorted((FOLDER / "hot").glob("test_*.py")):
+        load(f"hot.{path.stem}")
+    fold = load("hot.test_lanes").fold
+    table = jax.numpy.zeros((200, 3))
+    total, kept, outcome = fold(10, 200, table)
+    assert total.tolist() == [100] * 610
+    np.testing.assert_array_equal(kept[::2], 1)
+    np.testing.assert_array_equal(kept[1::2], 0)
+    assert outcome.counts.all()

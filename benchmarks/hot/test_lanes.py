@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxfed.base import Cohort
-from jaxfed.engine.lanes import Outcome, Tables, fold_clients
+from jaxfed.engine.lanes import Lane, Outcome, fold_waves
 
 WIDTH = 610
 
@@ -13,15 +12,14 @@ WIDTH = 610
 def fold(lanes, population, table):
     """A cohort of 100 whose clients only add up what they keep."""
 
-    def client(id, valid, work, kept, seen):
-        new = jax.tree.map(lambda x: x + 1, kept)
-        return Outcome(jnp.ones(WIDTH), new, work, valid)
+    def visit(lane, kept):
+        return Outcome(jnp.ones(WIDTH), jax.tree.map(lambda x: x + 1, kept), lane.work, (), lane.work > 0)
 
-    kept = table[:, :WIDTH] if table is not None else ()
-    tables = Tables(kept, jnp.zeros(population, bool))
-    ids = jnp.arange(100) * (population // 100)
-    cohort = Cohort(ids, jnp.ones(100, bool), jnp.ones(100))
-    return fold_clients(client, cohort, jnp.arange(100), tables, lanes)
+    shape = (100 // lanes, lanes)
+    ids = (jnp.arange(100) * (population // 100)).reshape(shape)
+    keys = jax.random.split(jax.random.key(0), shape)
+    everyone = Lane(keys, ids, ids, jnp.zeros(shape, bool), jnp.ones(shape))
+    return fold_waves(visit, everyone, jnp.asarray(shape[0]), () if table is None else table)
 
 
 @pytest.mark.parametrize("lanes", [1, 10, 100])
@@ -33,7 +31,7 @@ def test_fold(timed, lanes):
 @pytest.mark.parametrize("population", [1_000, 100_000])
 def test_kept_rows(benchmark, population):
     """Gather and scatter in a donated table: the population's size must not show."""
-    step = jax.jit(lambda table: fold(10, population, table)[1].kept, donate_argnums=0)
+    step = jax.jit(lambda table: fold(10, population, table)[1], donate_argnums=0)
     tables = [step(jnp.zeros((population, WIDTH)))]
 
     def run():
