@@ -2,6 +2,9 @@
 
 Logistic regression on the categorical columns alone, 600 rounds of one step of rate 0.1 on all rows, both clients in each;
 nothing is drawn. FedAvg by examples hardly hears the doctorates; agnostic federated averaging weighs whoever fares worse.
+
+This is the second setting. In the first, 50 steps of batches of 10, AFL also had the lower worst training loss, but a worst test
+accuracy 0.06 below FedAvg's. The row of q-FedAvg's worst accuracy was added with the second.
 """
 
 import csv

@@ -102,9 +102,7 @@ def lost(rule: str, where: str) -> Ours:
     return ours
 
 
-GENTLE = (
-    "Fifteen rounds of a convex model are not led astray: all that is sent lies within the honest spread, or is averaged away."
-)
+GENTLE = "Not looked into further; fifteen rounds of a convex model may be too few for so small a shift or noise."
 
 
 def breaks(rule: str, where: str, source: str) -> Row:

@@ -2,7 +2,8 @@
 
 866 patients to train on, 222 to test on, 39 features as they are (the age in years), 5 rounds of 100 steps with batches of 8, all
 regions in each. The measure is Harrell's C over the pooled test patients: 0.5 is chance.
-Seeds differ so much that there are 30 of them; a run takes a tenth of a second.
+Seeds differ so much that there are 30 of them, chosen after five had given FedAdam 0.818, below its bound (and 0.767 from Flax's
+own initial weights, which are wider than PyTorch's).
 """
 
 import csv
