@@ -21,7 +21,7 @@ from jaxfed.data import FederatedData
 from jaxfed.models.reference import logistic_regression
 
 from . import pictures
-from .federation import Federation, Numbers, Results, Row, Run, differences, every_seed_at_least, every_seed_at_most
+from .federation import SHOWN, Federation, Numbers, Results, Row, Run, differences
 from .training import trained
 
 FILES = ("adult/adult.data.gz", "adult/adult.test.gz")
@@ -82,12 +82,13 @@ def against(method: str, metric: str, rule: Any, remark: str = "") -> Row:
     return Row(f"{method} - fedavg", SETTING, metric, None, PAPER, rule, remark, gap)
 
 
+LATER = "Not counted as holding: chosen after the first setting, in which AFL's worst accuracy was 0.06 below FedAvg's."
 ROWS = [
-    against("afl", "worst training loss", every_seed_at_most(0), "What it minimises."),
-    against("afl", "worst accuracy", every_seed_at_least(0)),
-    against("qfedavg q=5", "worst accuracy", every_seed_at_least(0)),
-    against("qfedavg q=5", "worst training loss", every_seed_at_most(0)),
-    against("qfedavg q=5", "gap", every_seed_at_most(0)),
+    against("afl", "worst training loss", SHOWN, LATER),
+    against("afl", "worst accuracy", SHOWN, LATER),
+    against("qfedavg q=5", "worst accuracy", SHOWN, LATER),
+    against("qfedavg q=5", "worst training loss", SHOWN, LATER),
+    against("qfedavg q=5", "gap", SHOWN, LATER),
 ]
 
 

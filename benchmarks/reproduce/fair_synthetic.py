@@ -15,7 +15,7 @@ from jaxfed.data import FederatedData, synthetic
 from jaxfed.models.reference import logistic_regression
 
 from . import pictures
-from .federation import Federation, Numbers, Results, Row, Run, differences, every_seed_at_least
+from .federation import SHOWN, Federation, Numbers, Results, Row, Run, differences, every_seed_at_least
 from .training import by_client, trained
 
 LEVELS, SEEDS, SETTING = (0.0, 0.5, 1.0, 2.0), (0, 1, 2), "synthetic(1,1), 100 clients"
@@ -48,6 +48,9 @@ def train(run: Run, folder: Path, whole: bool) -> Numbers:
     return by_client(evaluation) | {"accuracies of clients": clients}
 
 
+LATER = "Not counted as holding: uniform weights were chosen after weights by rows, with which q = 0.5 did not fall on one seed."
+
+
 def falls(lower: float, higher: float) -> Row:
     """The variance falls between two levels."""
     gap = differences((method(lower), SETTING), (method(higher), SETTING), VARIANCE)
@@ -57,8 +60,8 @@ def falls(lower: float, higher: float) -> Row:
         VARIANCE,
         None,
         PAPER,
-        every_seed_at_least(0),
-        SLOW if higher == 2 else "",
+        every_seed_at_least(0) if higher == 2 else SHOWN,
+        SLOW if higher == 2 else LATER,
         gap,
     )
 
@@ -67,7 +70,14 @@ def keeps(q: float) -> Row:
     """The mean of the clients' accuracies stays within three points."""
     gap = differences((method(q), SETTING), (method(0), SETTING), ACCURACY)
     return Row(
-        f"{method(q)} - {method(0)}", SETTING, ACCURACY, None, PAPER, every_seed_at_least(-0.03), SLOW if q == 2 else "", gap
+        f"{method(q)} - {method(0)}",
+        SETTING,
+        ACCURACY,
+        None,
+        PAPER,
+        every_seed_at_least(-0.03) if q == 2 else SHOWN,
+        SLOW if q == 2 else LATER,
+        gap,
     )
 
 

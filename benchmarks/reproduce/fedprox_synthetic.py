@@ -103,12 +103,13 @@ LOSSES = {"iid": 0.877, "(0,0)": 0.605, "(.5,.5)": 0.515, "(1,1)": 0.352}
 SPLIT = "Not explained: three other choices of test rows move this mean by 0.008 at most. The training loss agrees."
 
 
+LATER = "Not counted as holding: added after the first results."
 EDGE = "One seed of three moves by 0.0054, on 1004 test rows."
 
 
 def losses() -> list[Row]:
     """Training losses, which do not depend on which rows are for testing as accuracies do."""
-    return [Row("fedprox mu=1", setting(name, 0), "training loss", x, NUMPY, within(0.03)) for name, x in LOSSES.items()]
+    return [Row("fedprox mu=1", setting(name, 0), "training loss", x, NUMPY, SHOWN, LATER) for name, x in LOSSES.items()]
 
 
 def ratios(one: tuple[str, str], other: tuple[str, str], metric: str) -> Any:

@@ -22,7 +22,7 @@ from jaxfed.models.adapters import from_linen
 from jaxfed.models.survival import concordance_index, cox
 
 from . import pictures
-from .federation import SHOWN, Federation, Numbers, Results, Row, Run, at_least
+from .federation import SHOWN, Federation, Numbers, Results, Row, Run
 
 FILES = ("tcga_brca/brca.csv", "tcga_brca/train_test_split.csv")
 SEEDS, SETTING, ROUNDS, STEPS = range(30), "6 regions, pooled test", 5, 100
@@ -84,8 +84,12 @@ def train(run: Run, folder: Path, whole: bool) -> Numbers:
 
 
 NOISE = "The rate is so high for ages in years that the last steps decide: ± {:.3f} in the publication, too."
+LATER = (
+    "Not counted as holding: 30 seeds and PyTorch's initial weights were chosen after five seeds had given FedAdam 0.767, then "
+    "0.818 with those weights, below the bound of 0.82."
+)
 ROWS = [
-    *(Row(m, SETTING, "concordance", PUBLISHED[m], FLAMBY, at_least(0.82)) for m in ("fedadam", "fedyogi")),
+    *(Row(m, SETTING, "concordance", PUBLISHED[m], FLAMBY, SHOWN, LATER) for m in ("fedadam", "fedyogi")),
     *(
         Row(m, SETTING, "concordance", PUBLISHED[m], FLAMBY, SHOWN, NOISE.format(SPREAD[m]))
         for m in ("fedavg", "fedprox", "pooled")
