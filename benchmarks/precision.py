@@ -26,6 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from result_lines import append_line, read_lines
+
 HERE = Path(__file__).resolve().parent
 FILE = Path("femnist_leaf", "femnist_leaf155.npz")
 ROUNDS = {"softmax": 100, "lenet": 100, "emnist-cnn": 30}
@@ -167,7 +169,7 @@ def main() -> None:
         return
     path = HERE / "results" / f"{options.name}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = read_lines(path)
     for point in points(options.models.split(","), range(options.seeds)):
         if any(point.items() <= line.items() for line in found):
             continue
@@ -176,8 +178,7 @@ def main() -> None:
         if process.returncode:
             sys.exit(process.stderr)
         found.append(json.loads(process.stdout.splitlines()[-1]))
-        with path.open("a") as file:
-            file.write(json.dumps(found[-1]) + "\n")
+        append_line(path, found[-1])
         print({key: found[-1][key] for key in (*point, "accuracy", "round_s", "rss_mb")}, flush=True)
     if found:
         path.with_suffix(".md").write_text(page(found, options.name))

@@ -22,6 +22,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from result_lines import append_line, read_lines
+
 HERE = Path(__file__).resolve().parent
 DIMENSIONS = ("what", "algorithm", "population", "cohort", "devices", "paged")
 POPULATIONS = (1_000, 100_000, 1_000_000)
@@ -204,7 +206,7 @@ def main() -> None:
         return
     path = HERE / "results" / f"{options.name}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    found = _read(path)
+    found = read_lines(path)
     for repeat in range(options.repeats):
         _in_turn.cache_clear()
         for point in points(options.what.split(",")):
@@ -218,20 +220,10 @@ def main() -> None:
             )
             if "error" not in line:
                 found.append(line)
-                with path.open("a") as file:
-                    file.write(json.dumps(line) + "\n")
+                append_line(path, line)
     if found:
         draw(found, path.with_suffix(".png"))
         print(path.with_suffix(".png"))
-
-
-def _read(path: Path) -> list[Point]:
-    """The whole lines of a file; a last one that a kill cut short is dropped from it."""
-    if not path.exists():
-        return []
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    path.write_text("".join(whole))
-    return [json.loads(line) for line in whole]
 
 
 def _options() -> argparse.Namespace:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from result_lines import append_line, read_lines
 from setup import HERE, interpreter, is_ready
 
 RESULTS = HERE / "results"
@@ -95,11 +96,7 @@ def planned(sweeps: int, labels: list[str], workloads: list[str], algorithms: li
 
 def done(path: Path) -> set[tuple]:
     """The runs that a file of results holds; a last line that was cut short by a kill is dropped from the file."""
-    if not path.exists():
-        return set()
-    whole = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    path.write_text("".join(whole))
-    return {Run(*(line[key] for key in ("sweep", "label", "workload", "algorithm"))).key for line in map(json.loads, whole)}
+    return {Run(*(line[key] for key in ("sweep", "label", "workload", "algorithm"))).key for line in read_lines(path)}
 
 
 def execute(run: Run, rounds: int) -> dict[str, Any]:
@@ -157,8 +154,7 @@ def main() -> None:
         if run.label == CACHED and run.sweep == 0:
             execute(run, 1)
         line = execute(run, options.rounds or ROUNDS[run.workload])
-        with path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        append_line(path, line)
         said = (
             line["error"].strip().splitlines()[-1] if "error" in line else f"{line['round_s']:.4f} s a round, loss {line['loss']}"
         )

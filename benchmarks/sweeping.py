@@ -25,6 +25,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from result_lines import append_line, read_lines
+
 HERE = Path(__file__).resolve().parent
 KINDS = {"grid": (4, 4), "lrates": (16, 1), "seeds": (1, 16)}
 COHORT, LRATE = 100, 0.01
@@ -129,7 +131,7 @@ def main() -> None:
         return
     path = HERE / "results" / f"{options.name}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    found = read_lines(path)
     for repeat, kind in itertools.product(range(options.repeats), KINDS):
         if any((line["kind"], line["repeat"]) == (kind, repeat) for line in found):
             continue
@@ -138,8 +140,7 @@ def main() -> None:
         if process.returncode:
             sys.exit(process.stderr)
         found.append(json.loads(process.stdout.splitlines()[-1]))
-        with path.open("a") as file:
-            file.write(json.dumps(found[-1]) + "\n")
+        append_line(path, found[-1])
         print({key: value for key, value in found[-1].items() if key not in ("machine", "versions")}, flush=True)
     if found:
         path.with_suffix(".md").write_text(page(found, options.name))

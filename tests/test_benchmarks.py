@@ -286,7 +286,7 @@ def test_scaling_goes_on_where_it_was_killed_and_draws(load, tmp_path):
     [first, *_] = scaling.points(["cohort"])
     measured = {"clients_per_s": 10.0, "rss_mb": 100.0, "machine": {"cpu": "one", "cores": 2, "memory_gb": 8}}
     path.write_text(json.dumps(first | measured) + "\n" + json.dumps(first)[:20])
-    assert scaling._read(path) == [first | measured]
+    assert scaling.read_lines(path) == [first | measured]
     assert path.read_text().count("\n") == 1
     scaling.draw([first | measured], tmp_path / "some.png")
     assert (tmp_path / "some.png").stat().st_size > 10_000
