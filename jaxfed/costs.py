@@ -13,6 +13,7 @@ from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.sharding import PartitionSpec
 
 from jaxfed.engine.mesh import AXES, Devices
+from jaxfed.programs import inner_programs
 
 _KINDS = ("all-reduce", "reduce-scatter", "all-gather", "all-to-all", "collective-permute")
 _COLLECTIVE = re.compile(rf"= (.+?) ({'|'.join(_KINDS)})(-start)?\(")
@@ -156,11 +157,8 @@ def _scans(program: Any) -> Iterator[tuple[ClosedJaxpr, int]]:
             if equation.params["length"] > 1:
                 yield equation.params["jaxpr"], equation.params["length"]
             continue
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                inner = getattr(inner, "jaxpr", inner)
-                if hasattr(inner, "eqns"):
-                    yield from _scans(inner)
+        for inner in inner_programs(equation):
+            yield from _scans(inner)
 
 
 def _bytes(dtype: str, bits: str, lengths: str) -> int:

@@ -15,9 +15,9 @@ from jaxfed.base import Cohort, RunState, Selector
 from jaxfed.bottleneck import Shares, Work, sentence_of, work_of
 from jaxfed.costs import Collective, Cost, Peak, collectives, measure_peak, process_memory
 from jaxfed.data.federated import FederatedData
+from jaxfed.engine.compilation import rounds_program
 from jaxfed.engine.population import Population
 from jaxfed.engine.round import SELECTION
-from jaxfed.engine.rounds import rounds_program
 from jaxfed.reports import RoundReport
 from jaxfed.simulation import Simulation
 from jaxfed.step_costs import server_steps, step_costs
@@ -219,7 +219,8 @@ class _Timed:
     def _compile(self) -> tuple[dict[str, float], Any]:
         arguments, options = self.whole._arguments(self.population, self.on_device, 1, self.chunk)
         clock, found = time.perf_counter, [time.perf_counter()]
-        traced = rounds_program(self.first.params).trace(*arguments, **options)
+        self.program = rounds_program(*arguments, **options)
+        traced = self.program.trace(*arguments, **options)
         found.append(clock())
         lowered = traced.lower()
         found.append(clock())
@@ -232,7 +233,7 @@ class _Timed:
         state, left = self.on_device, rounds
         while True:
             arguments, options = simulation._arguments(self.population, state, min(left, self.chunk), self.chunk)
-            state, infos = rounds_program(self.first.params)(*arguments, **options)
+            state, infos = self.program(*arguments, **options)
             left -= self.chunk
             if left <= 0:
                 break

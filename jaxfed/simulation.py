@@ -14,12 +14,12 @@ from jaxfed.base import Broadcast, Model, Params, RunState, Selector
 from jaxfed.data.federated import FederatedData
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.engine.cohort import Tables
+from jaxfed.engine.compilation import Rounds, compile_rounds, rounds_program
 from jaxfed.engine.evaluation import sum_metrics, sum_personal_metrics
 from jaxfed.engine.lanes import default_lanes
 from jaxfed.engine.mesh import Devices, choose_devices
 from jaxfed.engine.population import Population, table_length
 from jaxfed.engine.round import RoundInfo, state_layout
-from jaxfed.engine.rounds import rounds_program
 from jaxfed.lane_choice import best_of, climb
 from jaxfed.models.advice import warn_of_slow_layers
 from jaxfed.paging import Pager, check_paged, run_paged, sum_by_pages, with_keys
@@ -92,6 +92,7 @@ class Simulation:
         self.devices = choose_devices(devices, self.cohort_size)
         self._paged = check_paged(paged)
         self._placement = Placement(data, algorithm, self.devices)
+        self._compiled: dict[tuple, Rounds] = {}
         if data.num_examples == 0:
             raise ValueError("data: expected at least one row, got none.")
 
@@ -313,15 +314,17 @@ class Simulation:
         else:
             population, state, chunk = *pager.example(state), 1
         arguments, options = self._arguments(population, state, 1, chunk)
-        rounds_program(state.params).eval_shape(*arguments, **options)
+        rounds_program(*arguments, **options).eval_shape(*arguments, **options)
 
     def _advance(self, state: RunState, rounds: int, lanes: int | None = None) -> tuple[RunState, list[RoundReport]]:
-        pager, program = self._pager(state.params, self.data, self.cohort_size), rounds_program(state.params)
+        pager = self._pager(state.params, self.data, self.cohort_size)
 
         def run(selector: Any, population: Population, state: RunState, rounds: int, chunk: int) -> tuple[RunState, RoundInfo]:
             (parts, *rest), options = self._arguments(population, state, rounds, chunk)
-            parts = (parts[0], selector, parts[2])
-            return program(parts, *rest, **options | ({} if lanes is None else {"lanes": lanes}))
+            arguments, options = ((parts[0], selector, parts[2]), *rest), options | ({} if lanes is None else {"lanes": lanes})
+            if (shape := tuple(options.values())) not in self._compiled:
+                self._compiled[shape] = compile_rounds(*arguments, **options)
+            return self._compiled[shape](*arguments, **options)
 
         if pager is None:
             state, infos = run(self.selector, self.population, state, rounds, self.chunk)

@@ -11,14 +11,14 @@ import jaxfed
 
 ROOT = Path(jaxfed.__file__).parent
 STORY = """
-    checks part trees permutation base
+    checks part trees permutation programs base
     optimizer.rates optimizer.schedules optimizer.regularizers optimizer.momentum optimizer.adaptive optimizer.clipping
     optimizer.noise optimizer.paired optimizer.feddyn optimizer.mime optimizer.foreign optimizer.optimizer
     client.batches client.gradients client.precision client.measures client.local client.surveys
     personal.wrapper personal.partial personal.ditto personal.pfedme personal.fedem personal.apfl personal.finetune
     server.aggregators server.normalized server.fair server.robust server.geometric server.selection attacks
     engine.algorithm engine.mesh engine.population engine.sums engine.lanes engine.cohort engine.survey engine.round
-    engine.rounds engine.evaluation
+    engine.rounds engine.compilation engine.evaluation
     algorithms algorithms_corrected algorithms_personal
     files data.stored data.federated data.partition data.datasets data
     models.layers models.recurrent models.advice models.losses models.survival models.functions models.adapters models.rnn

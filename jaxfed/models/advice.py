@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxfed.base import Model
+from jaxfed.programs import inner_programs
 
 _ROWS = 8
 _REMEDIES = {
@@ -80,16 +81,8 @@ def _slow(jaxpr: core.Jaxpr) -> Iterator[str]:
         if name in _REMEDIES and (name != "scan" or _is_recurrent(eqn)):
             yield name
         if not name.startswith("custom_vjp"):
-            for inner in _inner(eqn):
+            for inner in inner_programs(eqn):
                 yield from _slow(inner)
-
-
-def _inner(eqn: Any) -> Iterator[core.Jaxpr]:
-    """The programs inside of an equation: those of loops, branches and nested calls."""
-    for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
-        inner = getattr(value, "jaxpr", value)
-        if hasattr(inner, "eqns"):
-            yield inner
 
 
 def _is_recurrent(eqn: Any) -> bool:
@@ -117,7 +110,7 @@ def _multiplies(jaxpr: core.Jaxpr, roles: list[frozenset]) -> tuple[bool, list[f
         out = [frozenset().union(*of)] * len(eqn.outvars)
         if eqn.primitive.name == "dot_general":
             found |= any("c" in a and b == {"s"} for a, b in (of, of[::-1]))
-        inner = [program for program in _inner(eqn) if len(program.invars) == len(of)]
+        inner = [program for program in inner_programs(eqn) if len(program.invars) == len(of)]
         if inner and eqn.primitive.name != "scan":
             hit, kinds = _multiplies(inner[0], of)
             found |= hit

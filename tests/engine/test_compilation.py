@@ -1,0 +1,70 @@
+"""A program is compiled in the way that suits its steps, and rounds are the same either way."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxfed
+from jaxfed.engine import compilation
+
+WIDTH = 160
+
+
+def wide(params, batch, key):
+    return jnp.square(jax.nn.relu(batch["x"] @ params["w"]) @ params["v"] - batch["y"])
+
+
+def curved(params, batch, key):
+    return jnp.square(jnp.tanh(batch["x"] @ params["w"]) @ params["v"] - batch["y"])
+
+
+def simulation(loss, lrate=0.01, width=WIDTH):
+    rng = np.random.default_rng(0)
+    clients = np.repeat(np.arange(4), (3, 5, 1, 4))
+    arrays = {"x": rng.normal(size=(len(clients), width)), "y": rng.normal(size=len(clients))}
+    data = jaxfed.FederatedData.from_arrays({k: v.astype(np.float32) for k, v in arrays.items()}, clients)
+    built = jaxfed.Simulation(jaxfed.fedavg(loss, lrate=lrate, batch_size=2), data, cohort_size=3)
+    params = {"w": 0.1 * jax.random.normal(jax.random.key(1), (width, width)), "v": jnp.ones(width) / width}
+    return built, built.init(params, key=jax.random.key(0))
+
+
+def chosen(monkeypatch, loss, **options):
+    """The program that the first round of a simulation takes."""
+    found = []
+    choose = compilation.rounds_program
+    monkeypatch.setattr(compilation, "rounds_program", lambda *a, **k: found.append(choose(*a, **k)) or found[-1])
+    built, state = simulation(loss, **options)
+    built.run(state, rounds=2)
+    [program] = found
+    return program
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="Only a CPU's compiler has two ways.")
+def test_products_and_small_models_are_compiled_quickly_and_curved_functions_thoroughly(monkeypatch):
+    assert chosen(monkeypatch, wide) is compilation._quickly(multi_thread=True)
+    assert chosen(monkeypatch, wide, width=4) is compilation._quickly(multi_thread=False)
+    assert chosen(monkeypatch, curved) is compilation._thoroughly
+    # Adam takes a root of every weight in every step.
+    adam = jaxfed.Optimizer(0.01, modules=["adam"])
+    assert chosen(monkeypatch, wide, lrate=adam) is compilation._thoroughly
+
+
+def test_both_ways_train_alike(monkeypatch):
+    built, state = simulation(wide)
+    quick, _ = built.run(state, rounds=3)
+    monkeypatch.setattr(compilation, "rounds_program", lambda *a, **k: compilation._thoroughly)
+    built, state = simulation(wide)
+    thorough, _ = built.run(state, rounds=3)
+    # Kernels may add up in another order.
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), quick.params, thorough.params)
+
+
+def test_an_option_that_this_compiler_does_not_know_is_left_out():
+    assert compilation._if_known({"xla_cpu_no_such_option": True}) == {}
+
+
+def test_memory_is_given_back_only_where_the_c_library_can(monkeypatch):
+    compilation._give_back_memory()
+    monkeypatch.setattr(compilation.ctypes, "CDLL", lambda name: object())
+    compilation._give_back_memory()

@@ -1,0 +1,39 @@
+"""What a traced program's loops do, counted by hand."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxfed.programs import loop_work
+
+
+def work(function, *arguments, depth):
+    return loop_work(jax.make_jaxpr(function)(*arguments).jaxpr, depth)
+
+
+def test_a_scan_counts_as_often_as_it_runs_and_a_while_once():
+    def steps(w, x, count):
+        def step(_, w):
+            states, _ = jax.lax.scan(lambda h, _: (jnp.tanh(h @ w), None), x, None, length=7)
+            return w + states.sum()
+
+        return jax.lax.fori_loop(0, count, step, jnp.exp(w))
+
+    found = work(steps, jnp.ones((3, 3)), jnp.ones((2, 3)), 5, depth=1)
+    assert found == (7 * 2 * 2 * 3 * 3, 7 * 2 * 3)
+
+
+def test_a_product_over_several_axes_and_calls_within_calls_count():
+    @jax.jit
+    def inner(x, y):
+        return jax.nn.sigmoid(jnp.einsum("abc,dbc->ad", x, y))
+
+    found = work(lambda x, y: inner(x, y) * 2, jnp.ones((2, 3, 4)), jnp.ones((5, 3, 4)), depth=0)
+    assert found == (2 * 2 * 5 * 3 * 4, 2 * 5)
+
+
+def test_work_outside_of_the_loops_asked_for_does_not_count():
+    def rounds(w, count):
+        return jax.lax.fori_loop(0, count, lambda _, w: jnp.sqrt(w @ w), w)
+
+    assert work(rounds, jnp.ones((3, 3)), 3, depth=1) == (54, 9)
+    assert work(rounds, jnp.ones((3, 3)), 3, depth=2) == (0, 0)
