@@ -42,9 +42,9 @@ def loop_work(program: core.Jaxpr, depth: int) -> LoopWork:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> def steps(w):
-        ...     return jax.lax.fori_loop(0, 5, lambda _, w: jnp.tanh(w @ w), jnp.exp(w))
-        >>> loop_work(jax.make_jaxpr(steps)(jnp.ones((3, 3))).jaxpr, depth=1)
+        >>> def steps(w, count):
+        ...     return jax.lax.fori_loop(0, count, lambda _, w: jnp.tanh(w @ w), jnp.exp(w))
+        >>> loop_work(jax.make_jaxpr(steps)(jnp.ones((3, 3)), 5).jaxpr, depth=1)
         LoopWork(flops=54.0, curved=9.0)
     """
     flops = curved = 0.0

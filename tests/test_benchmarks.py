@@ -143,7 +143,7 @@ def test_layers_are_one_function(load, workload):
     work = draw(np.random.default_rng(4), clients=2, cohort=1)
     x, y = work.x[:3], work.y[:3]
     losses = [lambda p, name=name: models.example_losses(workload, name)(p, x, y).mean() for name in models.LAYERS]
-    losses.append(lambda p: peers.make_loss(workload)(p, {"x": x, "y": y}, None).mean())
+    losses.append(lambda p: peers.make_loss(workload)(peers.own_layout(p), {"x": x, "y": y}, None).mean())
     found = [jax.jit(jax.value_and_grad(loss))(work.params) for loss in losses]
     for value, slope in found[1:]:
         np.testing.assert_allclose(value, found[0][0], rtol=1e-6)

@@ -55,20 +55,28 @@ def cnn(params: dict, x: jax.Array) -> jax.Array:
 
 
 def letters(params: dict, x: jax.Array) -> jax.Array:
-    """W3: logits ``[B, 80, 90]``."""
+    """W3: logits ``[B, 80, 90]``, from weights as :func:`own_layout` has them."""
     h = params["emb"][x].swapaxes(0, 1)
     for layer in ("l0", "l1"):
-        zeros = jnp.zeros((len(x), params[f"{layer}wh"].shape[1]), h.dtype)
-        _, h = recurrent.lstm(h, torch_kernels(params, layer), (zeros, zeros))
+        inputs, weights, bias, more = (list(params[f"{layer}{name}"]) for name in ("wi", "wh", "bi", "bh"))
+        zeros = jnp.zeros((len(x), weights[0].shape[0]), h.dtype)
+        _, h = recurrent.lstm(h, recurrent.Kernels(inputs, weights, list(map(jnp.add, bias, more))), (zeros, zeros))
     return (h @ params["d"] + params["db"]).swapaxes(0, 1)
 
 
-def torch_kernels(params: dict, layer: str) -> recurrent.Kernels:
-    """PyTorch's layout, all gates in one array and two biases, gate by gate."""
-    inputs, weights = ([gate.T for gate in jnp.split(params[f"{layer}{name}"], 4)] for name in ("wi", "wh"))
-    return recurrent.Kernels(inputs, weights, jnp.split(params[f"{layer}bi"] + params[f"{layer}bh"], 4))
+def own_layout(params: dict) -> dict:
+    """The same weights, an LSTM's gate by gate: ``[4, d, h]`` where PyTorch has ``[4 h, d]``, ``[4, h]`` for ``[4 h]``."""
+
+    def by_gate(name: str, x: Any) -> Any:
+        if name not in _RECURRENT:
+            return x
+        gates = x.reshape(4, -1, *x.shape[1:])
+        return gates.swapaxes(1, 2) if x.ndim == 2 else gates
+
+    return {name: by_gate(name, x) for name, x in params.items()}
 
 
+_RECURRENT = {layer + kind for layer in ("l0", "l1") for kind in ("wi", "wh", "bi", "bh")}
 MODELS = {"W1": logistic, "W2": cnn, "W3": letters}
 
 
@@ -181,7 +189,7 @@ def main() -> None:
     chosen = {"lanes": options.lanes, "devices": options.devices, "chunk": options.chunk}
     simulation = make_simulation(work, options.algorithm, shuffle=bool(options.shuffle), **chosen)
     # The container's copy lies where a CPU uses it; the loaded one is not needed any more.
-    work = replace(work, **simulation.data.arrays)
+    work = replace(work, params=own_layout(work.params), **simulation.data.arrays)
     state = train(simulation, work, options.rounds, clock)
     memory, loss = peak_rss(), mean_loss(work, state.params)
     chunked = [round(x, 6) for x in time_chunks(simulation, state, options.calls)]
