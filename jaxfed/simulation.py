@@ -93,6 +93,7 @@ class Simulation:
         self._paged = check_paged(paged)
         self._placement = Placement(data, algorithm, self.devices)
         self._compiled: dict[tuple, Rounds] = {}
+        self._kept_rows: dict[tuple, Any] = {}
         if data.num_examples == 0:
             raise ValueError("data: expected at least one row, got none.")
 
@@ -258,8 +259,12 @@ class Simulation:
         return self.population if data is self.data else Placement(data, self.algorithm, self.devices).whole()
 
     def _kept_row(self, params: Params) -> Any:
-        """What one client keeps, as shapes and dtypes."""
-        return jax.eval_shape(self.algorithm.client.init_kept, params, jax.random.key(0))
+        """What one client keeps, as shapes and dtypes; traced once, since every call of a run asks."""
+        leaves, structure = jax.tree.flatten(params)
+        shapes = (structure, *((x.shape, x.dtype) for x in leaves))
+        if shapes not in self._kept_rows:
+            self._kept_rows[shapes] = jax.eval_shape(self.algorithm.client.init_kept, params, jax.random.key(0))
+        return self._kept_rows[shapes]
 
     def _pager(self, params: Params, data: FederatedData, size: int | None = None) -> Pager | None:
         """What brings pages of ``size`` clients to the devices, if data and kept rows stay on the host."""
