@@ -23,7 +23,7 @@ from jaxfed.run.config import RunConfig
 from jaxfed.run.environment import make_devices, use_compilation_cache
 from jaxfed.run.export import export_weights
 from jaxfed.run.folder import RunFolder
-from jaxfed.run.machines import Machines, writes
+from jaxfed.run.machines import Machines, anyone, writes
 from jaxfed.run.plots import labelled, read_runs, save_curves
 from jaxfed.run.sweeping import SweepRun
 from jaxfed.run.training import Run, load, load_best, write_clients
@@ -258,8 +258,9 @@ def _train(run: Run) -> int:
         with show.progress(console, run.done, rounds) as advance, _stoppable() as asked:
             for rows in run.train():
                 advance(rows)
-                # Between two calls everything is on the disk, so a checkpoint can be written and no round is lost.
-                if asked and run.done < rounds:
+                # Between two calls everything is on the disk, so a checkpoint can be written and no round is lost. Processes stop
+                # together, whichever was asked: they write it together.
+                if run.done < rounds and anyone(bool(asked)):
                     run.save()
                     raise KeyboardInterrupt
         # The result is written after the picture: a run that has one has everything.

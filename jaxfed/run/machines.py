@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 _HEARTBEAT_SECONDS = 30
@@ -88,6 +89,11 @@ def meet(where: str) -> None:
     """Waits until all processes are at this point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(where)
+
+
+def anyone(says: bool) -> bool:
+    """Whether any of the processes says so; all of them ask at the same moment of the run."""
+    return says if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(says)).any())
 
 
 def leave(status: int) -> int:

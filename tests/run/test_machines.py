@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxfed.run.cli import main
+from jaxfed.run.commands import INTERRUPTED
 from jaxfed.run.config import RunConfig
 from jaxfed.run.history import read_history
 from jaxfed.run.machines import LOST, Machines
@@ -19,17 +20,17 @@ ROOT = Path(__file__).resolve().parents[2]
 MORTAL = """
 import os, signal, sys
 from jaxfed.run import cli, training
-whole, chunks = training.row_of, []
+whole, kind = training.row_of, sys.argv[2]
 
 def row_of(report):
-    if report.round > int(sys.argv[1]):
+    if report.round == int(sys.argv[1]) + 1:
         if int(sys.argv[1]) == 0:
             raise OSError(28, "No space left on device")
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), signal.Signals[kind])
     return whole(report)
 
 training.row_of = row_of
-sys.exit(cli.main(sys.argv[2:]))
+sys.exit(cli.main(sys.argv[3:]))
 """
 
 
@@ -39,9 +40,9 @@ def free_port():
         return found.getsockname()[1]
 
 
-def start(tmp_path, number, port, *arguments, dies_after=None):
+def start(tmp_path, number, port, *arguments, dies_after=None, of="SIGKILL"):
     """A process of a run of two."""
-    program = ["-m", "jaxfed.run"] if dies_after is None else ["-c", MORTAL, str(dies_after)]
+    program = ["-m", "jaxfed.run"] if dies_after is None else ["-c", MORTAL, str(dies_after), of]
     where = ["--coordinator", f"127.0.0.1:{port}", "--processes", "2", "--process-id", str(number)]
     # Each has a cache of its own: a process that waits for a collective must not wait for a file too.
     cache = {"JAX_COMPILATION_CACHE_DIR": str(tmp_path / f"cache{number}"), "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
@@ -49,11 +50,11 @@ def start(tmp_path, number, port, *arguments, dies_after=None):
     return subprocess.Popen(call, env=os.environ | cache, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def together(tmp_path, *arguments, dies_after=None, seconds=240):
-    """Both processes' exit status and what they said; the second may die."""
+def together(tmp_path, *arguments, dies_after=None, of="SIGKILL", seconds=240):
+    """Both processes' exit status and what they said; the second may die, or get another signal."""
     port = free_port()
     deaths = (None, dies_after)
-    processes = [start(tmp_path, number, port, *arguments, dies_after=deaths[number]) for number in range(2)]
+    processes = [start(tmp_path, number, port, *arguments, dies_after=deaths[number], of=of) for number in range(2)]
     try:
         said = [process.communicate(timeout=seconds) for process in processes]
     finally:
@@ -84,6 +85,17 @@ def test_two_processes_are_one_and_go_on_after_a_death(table, tmp_path, capsys):
         np.testing.assert_allclose([row[name] for row in two], [row[name] for row in one], rtol=2e-5)
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "run")]
     assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=2e-5)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs signals")
+def test_one_that_is_asked_to_stop_stops_both_with_a_checkpoint(table, tmp_path):
+    (tmp_path / "run.toml").write_text(RunConfig.from_dict(table | {"run": table["run"] | {"rounds": 200}}).to_toml())
+    codes, said = together(tmp_path, "run", str(tmp_path / "run.toml"), dies_after=4, of="SIGINT", seconds=120)
+    assert codes == [INTERRUPTED, INTERRUPTED], said
+    done = max(int(folder.name) for folder in (tmp_path / "run" / "checkpoints").iterdir())
+    assert 4 < done < 200
+    assert f"Stopped after round {done}. Go on with" in said[0][1]
+    assert len(read_history(tmp_path / "run" / "history.jsonl")) == done
 
 
 @pytest.mark.skipif(os.name != "posix", reason="ends a process at once")
