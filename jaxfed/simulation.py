@@ -99,7 +99,14 @@ class Simulation:
 
     @cached_property
     def population(self) -> Population:
-        """The data on the device, placed there when first used."""
+        """The data on the devices, placed there when first used.
+
+        Raises:
+            ValueError: If they are to stay on the host.
+        """
+        if self._paged:
+            remedy = "Sweeps and differentiable rounds need them there; make a simulation without paged for these"
+            raise ValueError(f"Expected data that may lie on the devices as a whole, got paged={self._paged!r}. {remedy}.")
         # Kept on the object, so it must hold arrays even if it is first asked for inside somebody's trace.
         with jax.ensure_compile_time_eval():
             return self._placement.whole()

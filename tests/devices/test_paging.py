@@ -68,6 +68,16 @@ def test_the_callers_states_stay_valid():
     np.testing.assert_array_equal(seen[1], first.params["bias"])
 
 
+def test_what_needs_all_data_on_the_devices_says_so_before_it_places_them():
+    paged, _ = simulate(SCAFFOLD, **SELECTED, paged=True)
+    for ask in (
+        lambda: jaxfed.sweep(paged, {"client.lrate": [0.1, 0.2]}, rounds=1),
+        lambda: jaxfed.differentiable_rounds(paged, 1),
+    ):
+        with pytest.raises(ValueError, match=r"got paged=True. Sweeps and differentiable rounds need them there"):
+            ask()
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_state_goes_on_elsewhere(there):
     """From pages to the devices and back."""
