@@ -59,6 +59,8 @@ def fold_waves(visit: Visit, lanes: Lane, waves: jax.Array | int, table: Any) ->
         The sum of the summands, the new table, and the outcomes' ``row``, ``stacked`` and ``counts`` ``[W, L, ...]``, without the
         rest.
     """
+    # Its shapes are asked for before the loop: what is jitted is traced once for both.
+    visit = jax.jit(visit)
     example = jax.eval_shape(lambda: visit(*_first(lanes, table)))
     buffers = _zeros(example._replace(summand=(), kept=()), lanes.slot.shape)
     carry = (_zeros(example.summand), table, buffers)
