@@ -14,7 +14,7 @@ from jaxfed.base import Broadcast, Model, Params, RunState, Selector
 from jaxfed.data.federated import FederatedData
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.engine.cohort import Tables
-from jaxfed.engine.compilation import Rounds, compile_rounds, rounds_program
+from jaxfed.engine.compilation import Rounds, rounds_program
 from jaxfed.engine.evaluation import sum_metrics, sum_personal_metrics
 from jaxfed.engine.lanes import default_lanes
 from jaxfed.engine.mesh import Devices, choose_devices
@@ -92,18 +92,14 @@ class Simulation:
         self.devices = choose_devices(devices, self.cohort_size)
         self._paged = check_paged(paged)
         self._placement = Placement(data, algorithm, self.devices)
-        self._compiled: dict[tuple, Rounds] = {}
+        self._rounds = Rounds()
         self._kept_rows: dict[tuple, Any] = {}
         if data.num_examples == 0:
             raise ValueError("data: expected at least one row, got none.")
 
     @cached_property
     def population(self) -> Population:
-        """The data on the devices, placed there when first used.
-
-        Raises:
-            ValueError: If they are to stay on the host.
-        """
+        """The data on the devices, placed there when first used; a ValueError if they are to stay on the host."""
         if self._paged:
             remedy = "Sweeps and differentiable rounds need them there; make a simulation without paged for these"
             raise ValueError(f"Expected data that may lie on the devices as a whole, got paged={self._paged!r}. {remedy}.")
@@ -267,8 +263,7 @@ class Simulation:
 
     def _kept_row(self, params: Params) -> Any:
         """What one client keeps, as shapes and dtypes; traced once, since every call of a run asks."""
-        leaves, structure = jax.tree.flatten(params)
-        shapes = (structure, *((x.shape, x.dtype) for x in leaves))
+        shapes = (jax.tree.structure(params), *((x.shape, x.dtype) for x in jax.tree.leaves(params)))
         if shapes not in self._kept_rows:
             self._kept_rows[shapes] = jax.eval_shape(self.algorithm.client.init_kept, params, jax.random.key(0))
         return self._kept_rows[shapes]
@@ -334,9 +329,7 @@ class Simulation:
         def run(selector: Any, population: Population, state: RunState, rounds: int, chunk: int) -> tuple[RunState, RoundInfo]:
             (parts, *rest), options = self._arguments(population, state, rounds, chunk)
             arguments, options = ((parts[0], selector, parts[2]), *rest), options | ({} if lanes is None else {"lanes": lanes})
-            if (shape := tuple(options.values())) not in self._compiled:
-                self._compiled[shape] = compile_rounds(*arguments, **options)
-            return self._compiled[shape](*arguments, **options)
+            return self._rounds(*arguments, **options)
 
         if pager is None:
             state, infos = run(self.selector, self.population, state, rounds, self.chunk)

@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,9 +13,6 @@ from jaxfed.engine.round import RoundInfo
 from jaxfed.engine.rounds import run_rounds
 from jaxfed.programs import loop_work
 
-Rounds = Callable[..., tuple[RunState, RoundInfo]]
-"""What takes the arguments of :func:`~jaxfed.engine.rounds.run_rounds`."""
-
 _OPTIONS: dict[str, Any] = {"static_argnames": ("chunk", "lanes"), "donate_argnames": ("tables",)}
 # Rounds, clients, steps: what lies inside of three loops is done in every local step.
 _STEP = 3
@@ -25,8 +21,8 @@ _STEP = 3
 _OUTWEIGHED = 25_000
 
 
-def compile_rounds(*arguments: Any, **options: int) -> Rounds:
-    """:func:`~jaxfed.engine.rounds.run_rounds` with the options that suit these arguments, compiled for them.
+class Rounds:
+    """:func:`~jaxfed.engine.rounds.run_rounds`, compiled with the options that suit its arguments.
 
     A CPU's compiler has two ways to write a kernel. The older takes a third less time and 200 MB less, but a kernel that writes
     over its own input, as an LSTM's state or Adam's moments do, goes number by number, which shows where a function such as
@@ -34,14 +30,22 @@ def compile_rounds(*arguments: Any, **options: int) -> Rounds:
 
     Compiling a large program frees 200 MB that the C library keeps; they are given back before the program runs.
     """
-    program = rounds_program(*arguments, **options)
-    program.lower(*arguments, **options).compile()
-    _give_back_memory()
-    return program
+
+    def __init__(self):
+        self._programs: dict[tuple, Any] = {}
+
+    def __call__(self, *arguments: Any, **options: int) -> tuple[RunState, RoundInfo]:
+        """Runs them; ``chunk`` and ``lanes`` that have not been seen are compiled first."""
+        shape = tuple(options.values())
+        if shape not in self._programs:
+            self._programs[shape] = program = rounds_program(*arguments, **options)
+            program.lower(*arguments, **options).compile()
+            _give_back_memory()
+        return self._programs[shape](*arguments, **options)
 
 
 def rounds_program(*arguments: Any, **options: int) -> Any:
-    """The jitted function that :func:`compile_rounds` compiles."""
+    """The jitted function of which :class:`Rounds` takes the program."""
     if jax.default_backend() != "cpu":
         return _thoroughly
     # Operations of a small model take less time than to hand a part of them to another core.
