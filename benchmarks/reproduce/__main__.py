@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 
 import jaxfed
+from jaxfed.run.environment import make_devices
 
 from . import ledger, pictures, table
 from .data import ROOT, data_folder
@@ -93,4 +94,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    make_devices(None)
     main()
