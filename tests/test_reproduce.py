@@ -292,6 +292,24 @@ def test_writers_of_femnist(load, shared):
     assert abs(rows.arrays["x"].mean()) < 0.1
 
 
+def test_counts_of_letters(load):
+    """Of two texts: 'a' is most often followed by 'b', 'ca' by 'c'; what was never seen falls back to fewer letters."""
+    import jaxfed
+
+    shakespeare = load("shakespeare")
+
+    def pieces(*texts):
+        codes = np.array([[ord(letter) for letter in text] for text in texts])
+        return jaxfed.FederatedData.from_arrays({"x": codes[:, :-1], "y": codes[:, 1:]}, np.zeros(len(texts), int))
+
+    shakespeare.LENGTH = 7
+    rows = pieces("abababca", "bcacbabb")
+    test = pieces("ddddddab", "dddddcac", "dddddbba", "dddddzab", "dddddddz")
+    expected = {0: [1, 0, 0, 1, 0], 1: [1, 0, 1, 1, 0], 2: [1, 1, 1, 1, 0]}
+    for context, right in expected.items():
+        assert shakespeare.counted(rows, test, context) == np.mean(right)
+
+
 def test_roles_of_shakespeare(load, shared):
     """Pieces of 80 characters, each with the one after it as its label; four of five of a role's are to train on."""
     rows, test, letters = load("shakespeare").data(shared / "data")
