@@ -8,6 +8,7 @@ import argparse
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -78,8 +79,9 @@ def report(folder: Path, results: Path, picture_folder: Path) -> None:
     print(results / "table.md")
 
 
-def _environment() -> dict[str, str]:
-    return {"jaxfed": jaxfed.__version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+def _environment() -> dict[str, Any]:
+    devices = {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+    return {"jaxfed": jaxfed.__version__, "jax": jax.__version__, **devices}
 
 
 def _parser() -> argparse.ArgumentParser:
