@@ -31,7 +31,7 @@ def scaffold_on_steps(loss: Any, *, lrate: jaxfed.Optimizer, **options: Any) -> 
 
 METHODS: dict[str, Any] = {
     "fedavg": jaxfed.fedavg,
-    # Option II, which the benchmark has, takes the mean step for a gradient: with momentum it is not.
+    # Option II takes the mean step for a gradient, which with momentum it is not, unless a step is what is corrected.
     "scaffold": lambda loss, **options: jaxfed.scaffold(loss, option="I", **options),
     "fedprox": lambda loss, **options: jaxfed.fedprox(loss, mu=0.01, **options),
     "fednova": jaxfed.fednova,
@@ -65,13 +65,15 @@ def train(run: Run, folder: Path, whole: bool) -> Numbers:
 AHEAD, AHEAD_ON_STEPS = (
     differences((method, SETTING), ("fedavg", SETTING), "best accuracy") for method in ("scaffold", "scaffold on steps")
 )
+RISES = "Not looked into further. One seed of three has it; all gained 1 to 2 points in the last round."
 DIVERGES = (
     "It diverges in the second round, as momentum makes the correction ten times as large: with option I behind momentum seed 0 "
     "has 0.747 after two rounds, and 0.173 like this."
 )
 AFTER = "Not counted as holding: added after SCAFFOLD's option I under momentum had diverged."
 ROWS = [
-    *(Row(m, SETTING, "best accuracy", x, FLOWER, at_least(0.84) if m == "fedavg" else SHOWN) for m, x in PUBLISHED.items()),
+    Row("fedavg", SETTING, "best accuracy", PUBLISHED["fedavg"], FLOWER, at_least(0.84), RISES),
+    *(Row(m, SETTING, "best accuracy", PUBLISHED[m], FLOWER, SHOWN) for m in ("scaffold", "fedprox", "fednova")),
     Row("scaffold - fedavg", SETTING, "best accuracy", 0.0035, FLOWER, every_seed_at_least(-0.005), DIVERGES, AHEAD),
     Row("scaffold on steps", SETTING, "best accuracy", PUBLISHED["scaffold"], FLOWER, SHOWN, AFTER),
     Row("scaffold on steps - fedavg", SETTING, "best accuracy", 0.0035, FLOWER, SHOWN, AFTER, AHEAD_ON_STEPS),
@@ -102,5 +104,5 @@ FEDERATION = Federation(
     draw=draw,
     files=FILES,
     short="5 rounds of 2 epochs instead of 50 of 10.",
-    minutes=(15, 800),
+    minutes=(20, 1000),
 )
