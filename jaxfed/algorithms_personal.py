@@ -121,7 +121,7 @@ def fedem(loss: Any, *, models: int = 3, **options: Any) -> Algorithm:
     """A mixture of ``models`` models, of which each client learns its own weights.
 
     Args:
-        loss: A Model whose ``predict`` gives logits ``[B, classes]``.
+        loss: A Model whose ``predict`` gives logits ``[B, ..., classes]``.
         models: How many.
         **options: As in :func:`fedavg`.
 

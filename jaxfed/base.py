@@ -381,9 +381,12 @@ class Model(Part, register=False):
         loss: ``(params, stats, batch, key) -> (values [B], stats)``; a ``key`` of None is evaluation.
         predict: ``(params, stats, batch) -> outputs [B, ...]``.
         metrics: ``(params, stats, batch) -> {name: values [B]}``, what evaluation averages; at least ``"loss"``.
+        measure: ``(outputs, batch) -> {name: values [B]}``, the same of outputs that come from elsewhere, such as a mixture's;
+            None if they are not known apart from the model.
     """
 
     init: Callable = part.function()
     loss: Callable = part.function()
     predict: Callable = part.function()
     metrics: Callable = part.function()
+    measure: Callable | None = part.function(default=None, optional=True)

@@ -94,9 +94,9 @@ def parts(kind: str, *, default: Any = (), wrap: Callable | None = None) -> Any:
     return field(convert, default)
 
 
-def function(*, default: Any = dataclasses.MISSING) -> Any:
-    """A field that holds a function: plain, or a ``jax.tree_util.Partial`` whose bound arrays are leaves."""
-    return field(as_function, default)
+def function(*, default: Any = dataclasses.MISSING, optional: bool = False) -> Any:
+    """A field that holds a function: plain, or a ``jax.tree_util.Partial`` whose bound arrays are leaves; or None."""
+    return field(lambda where, value: None if optional and value is None else as_function(where, value), default)
 
 
 def as_function(where: str, value: Any) -> jax.tree_util.Partial:

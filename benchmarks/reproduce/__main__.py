@@ -8,10 +8,12 @@ import argparse
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 
 import jaxfed
+from jaxfed.run.environment import make_devices
 
 from . import ledger, pictures, table
 from .data import ROOT, data_folder
@@ -77,8 +79,9 @@ def report(folder: Path, results: Path, picture_folder: Path) -> None:
     print(results / "table.md")
 
 
-def _environment() -> dict[str, str]:
-    return {"jaxfed": jaxfed.__version__, "jax": jax.__version__, "device": jax.devices()[0].device_kind}
+def _environment() -> dict[str, Any]:
+    devices = {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+    return {"jaxfed": jaxfed.__version__, "jax": jax.__version__, **devices}
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -93,4 +96,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    make_devices(None)
     main()

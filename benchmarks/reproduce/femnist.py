@@ -1,7 +1,8 @@
 """FederatedScope's ConvNet2 on FEMNIST: 155 writers, a fifth of them a round, test accuracy over each writer's own rows.
 
 The writers are others than FederatedScope's, as many as its 5 %; rows of each are 60 / 20 / 20 % for training, validation (left
-aside) and testing. Each method has the hyper-parameters of its script.
+aside) and testing. Each method has the hyper-parameters of its script. Accuracies of other writers can only be shown; what is
+held to is the order of the methods, and the size of their gains.
 """
 
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from jaxfed.models.reference import convnet2
 
 from . import pictures
 from .data import arrays
-from .federation import Federation, Numbers, Results, Row, Run, within
+from .federation import SHOWN, Federation, Numbers, Results, Row, Rule, Run, at_least, differences, within
 from .training import by_client, resumed, sample
 
 FILES = ("femnist_leaf/femnist_leaf155.npz",)
@@ -36,12 +37,16 @@ METHODS: dict[str, Callable[[Any], jaxfed.Algorithm]] = {
     "fedavg": lambda loss: jaxfed.fedavg(loss, lrate=clipped(0.01), **_GLOBAL),
     "fedopt": lambda loss: jaxfed.fedavg(loss, lrate=clipped(0.01), server_lrate=1.0, **_GLOBAL),
     "fedprox": lambda loss: jaxfed.fedprox(loss, mu=0.01, lrate=clipped(0.01), **_GLOBAL),
-    "fedbn": lambda loss: jaxfed.fedbn(loss, lrate=0.1, batch_size=64, epochs=1),
-    "pfedme": lambda loss: jaxfed.pfedme(loss, strength=1.0, inner_steps=5, lrate=0.5, batch_size=64, epochs=3),
-    "ditto": lambda loss: jaxfed.ditto(loss, strength=0.1, lrate=0.5, batch_size=64, epochs=3),
-    "fedem": lambda loss: jaxfed.fedem(loss, models=3, lrate=0.5, batch_size=64, epochs=1),
+    "fedbn": lambda loss: jaxfed.fedbn(loss, lrate=clipped(0.1), batch_size=64, epochs=1),
+    "fedem": lambda loss: jaxfed.fedem(loss, models=3, lrate=clipped(0.5), batch_size=64, epochs=1),
+    "ditto": lambda loss: jaxfed.ditto(loss, strength=0.1, lrate=clipped(0.5), batch_size=64, epochs=3),
+    # Last: it takes as long as all others.
+    "pfedme": lambda loss: jaxfed.pfedme(
+        loss, strength=1.0, inner_steps=5, lrate=0.5, personal_lrate=clipped(0.5), batch_size=64, epochs=3
+    ),
 }
-PUBLISHED = dict(zip(METHODS, (0.8493, 0.8492, 0.8477, 0.8548, 0.8765, 0.8661, 0.8479)))
+PUBLISHED = dict(zip(METHODS, (0.8493, 0.8492, 0.8477, 0.8548, 0.8479, 0.8661, 0.8765)))
+PERSONAL = ("fedbn", "fedem", "ditto", "pfedme")
 
 
 @lru_cache(maxsize=1)
@@ -63,8 +68,34 @@ def train(run: Run, folder: Path, whole: bool) -> Numbers:
     return by_client(simulation.evaluate_in_use(state, test)) | found
 
 
-OTHERS = "Of other writers."
-ROWS = [Row(m, SETTING, "accuracy", x, "FederatedScope's guide", within(0.02), OTHERS) for m, x in PUBLISHED.items()]
+def best_gain(results: Results) -> list[float]:
+    """The most accurate of the personal methods that have been run less FedAvg, seed by seed."""
+    fedavg, *others = (results.by_seed(method, SETTING, "accuracy") for method in ("fedavg", *PERSONAL))
+    best = {seed: max(values[seed] for values in others if seed in values) for seed in set().union(*others)}
+    return [best[seed] - fedavg[seed] for seed in sorted(best) if seed in fedavg]
+
+
+def gain(method: str, rule: Rule, remark: str = "") -> Row:
+    """A method less FedAvg, beside the published difference."""
+    ours = differences((method, SETTING), ("fedavg", SETTING), "accuracy")
+    published = round(PUBLISHED[method] - PUBLISHED["fedavg"], 4)
+    return Row(f"{method} - fedavg", SETTING, "accuracy", published, GUIDE, rule, remark, ours)
+
+
+GUIDE = "FederatedScope's guide"
+OTHERS = "Published for other writers, 300 rounds and 2048 units."
+BEST = round(PUBLISHED["pfedme"] - PUBLISHED["fedavg"], 4)
+# Written before any of these runs: a published gain of more than a point has to be one here, a smaller one a gain.
+ROWS = [
+    *(Row(m, SETTING, "accuracy", x, GUIDE, SHOWN, OTHERS) for m, x in PUBLISHED.items()),
+    Row("best personal - fedavg", SETTING, "accuracy", BEST, GUIDE, at_least(0.01), ours=best_gain),
+    gain("pfedme", at_least(0.01)),
+    gain("ditto", at_least(0.01)),
+    gain("fedbn", at_least(0.0)),
+    gain("fedem", SHOWN, "The published FedEM has one posterior for a whole batch."),
+    gain("fedprox", within(0.01)),
+    gain("fedopt", within(0.01), "With the script's server rate of 1 it is FedAvg."),
+]
 
 
 def draw(figure: Any, results: Results) -> None:

@@ -21,12 +21,21 @@ from .training import resumed, sample
 
 FILES = ("fashion_mnist/fashion_mnist.npz",)
 SETTING, SEEDS = "Dir(0.5), 10 clients", (0, 1, 2)
+
+
+def scaffold_on_steps(loss: Any, *, lrate: jaxfed.Optimizer, **options: Any) -> jaxfed.Algorithm:
+    """SCAFFOLD as the benchmark has it: what is corrected is a step, after momentum, and a control variate is the mean step."""
+    client = lrate.replace(modules=(*lrate.modules, jaxfed.ScaffoldClient("II")))
+    return jaxfed.fedavg(loss, lrate=client, server_lrate=jaxfed.Optimizer(1.0, modules=["scaffold-server"]), **options)
+
+
 METHODS: dict[str, Any] = {
     "fedavg": jaxfed.fedavg,
-    # Option II, which the benchmark has, takes the mean step for a gradient: with momentum it is not.
+    # Option II takes the mean step for a gradient, which with momentum it is not, unless a step is what is corrected.
     "scaffold": lambda loss, **options: jaxfed.scaffold(loss, option="I", **options),
     "fedprox": lambda loss, **options: jaxfed.fedprox(loss, mu=0.01, **options),
     "fednova": jaxfed.fednova,
+    "scaffold on steps": scaffold_on_steps,
 }
 PUBLISHED = {"fedavg": 0.8809, "scaffold": 0.8844, "fedprox": 0.8815, "fednova": 0.8822}
 FLOWER = "Flower's run of NIID-Bench, whole"
@@ -53,10 +62,21 @@ def train(run: Run, folder: Path, whole: bool) -> Numbers:
     return {"best accuracy": max(found["accuracy_curve"])} | found
 
 
-AHEAD = differences(("scaffold", SETTING), ("fedavg", SETTING), "best accuracy")
+AHEAD, AHEAD_ON_STEPS = (
+    differences((method, SETTING), ("fedavg", SETTING), "best accuracy") for method in ("scaffold", "scaffold on steps")
+)
+RISES = "Not looked into further. One seed of three has it; all gained 1 to 2 points in the last round."
+DIVERGES = (
+    "It diverges in the second round, as momentum makes the correction ten times as large: with option I behind momentum seed 0 "
+    "has 0.747 after two rounds, and 0.173 like this."
+)
+AFTER = "Not counted as holding: added after SCAFFOLD's option I under momentum had diverged."
 ROWS = [
-    *(Row(m, SETTING, "best accuracy", x, FLOWER, at_least(0.84) if m == "fedavg" else SHOWN) for m, x in PUBLISHED.items()),
-    Row("scaffold - fedavg", SETTING, "best accuracy", 0.0035, FLOWER, every_seed_at_least(-0.005), "", AHEAD),
+    Row("fedavg", SETTING, "best accuracy", PUBLISHED["fedavg"], FLOWER, at_least(0.84), RISES),
+    *(Row(m, SETTING, "best accuracy", PUBLISHED[m], FLOWER, SHOWN) for m in ("scaffold", "fedprox", "fednova")),
+    Row("scaffold - fedavg", SETTING, "best accuracy", 0.0035, FLOWER, every_seed_at_least(-0.005), DIVERGES, AHEAD),
+    Row("scaffold on steps", SETTING, "best accuracy", PUBLISHED["scaffold"], FLOWER, SHOWN, AFTER),
+    Row("scaffold on steps - fedavg", SETTING, "best accuracy", 0.0035, FLOWER, SHOWN, AFTER, AHEAD_ON_STEPS),
 ]
 
 
@@ -67,8 +87,10 @@ def draw(figure: Any, results: Results) -> None:
         found = list(results.by_seed(method, SETTING, "accuracy_curve").values())
         rounds = next(iter(results.by_seed(method, SETTING, "round").values()), [])
         pictures.band(panel, rounds, found, color, method)
-        panel.axhline(PUBLISHED[method], color=color, linestyle=":", linewidth=1)
+        if method in PUBLISHED:
+            panel.axhline(PUBLISHED[method], color=color, linestyle=":", linewidth=1)
     panel.set_xlabel("round (dotted: published, after 50 rounds)")
+    panel.xaxis.get_major_locator().set_params(integer=True)
     panel.legend(frameon=False, loc="lower right")
     pictures.grid(panel, percent=True)
 
@@ -82,5 +104,5 @@ FEDERATION = Federation(
     draw=draw,
     files=FILES,
     short="5 rounds of 2 epochs instead of 50 of 10.",
-    minutes=(15, 800),
+    minutes=(20, 1000),
 )

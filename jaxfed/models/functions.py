@@ -133,6 +133,14 @@ class _Metrics:
 
     def __call__(self, params: Params, stats: Stats, batch: Batch) -> dict[str, jax.Array]:
         outputs = self.network.evaluate(params, stats, self.task.inputs(batch), batch.get("mask"))
+        return _Measure(self.task)(outputs, batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measure:
+    task: Task
+
+    def __call__(self, outputs: jax.Array, batch: Batch) -> dict[str, jax.Array]:
         functions = {"loss": self.task.loss, **dict(self.task.metrics)}
         return {name: function(outputs, self.task.labelled(batch)) for name, function in functions.items()}
 
@@ -145,7 +153,7 @@ def as_model(network: Any, task: Task, rows: Rows) -> Model:
         ValueError: If there is nothing to train, or the loss does not give one value for each example.
     """
     # Objects rather than bound methods, which compare by identity: the Model of an equal network must hit the same programs.
-    model = Model(_Init(network), _Loss(network, task), _Predict(network, task), _Metrics(network, task))
+    model = Model(_Init(network), _Loss(network, task), _Predict(network, task), _Metrics(network, task), _Measure(task))
     batch = {key: jax.ShapeDtypeStruct((2, *row.shape), row.dtype) for key, row in rows.items()}
     batch["mask"] = jax.ShapeDtypeStruct((2,), jnp.dtype(bool))
     key = jax.random.key(0)  # of shape alone: nothing is drawn here

@@ -56,11 +56,14 @@ class FedEM(ClientUpdate):
     differ at the start: ``Simulation.init(key=...)`` draws them apart, :func:`stacked_starts` is what it calls.
 
     A client predicts :math:`\sum_m \pi_{im} p_m(y | x)`, with :math:`\pi_i` brought up to date on its training rows; the global
-    model is the mixture of equal weights.
+    model is the mixture of equal weights. An example is a row, which may have many labels (a text, one at every position): it has
+    one posterior, and its predictions are mixed label by label.
 
     Args:
-        loss: A Model whose ``predict`` gives logits ``[B, classes]``, for integer labels ``batch["y"]`` ``[B]``. Its loss stands
-            for :math:`-\log p_m(y | x)`, up to a constant.
+        loss: A Model whose ``predict`` gives logits ``[B, ..., classes]``, for integer labels ``[B, ...]``. Its loss stands for
+            :math:`-\log p_m(y | x)`, up to a constant; where it is the mean over a row's labels, as the losses of this package
+            and of the authors' program are, posteriors are softer than by the probability of the whole row. The mixture has the
+            Model's own metrics, or those of classes if it has no ``measure``.
         optimizer: Each model's Optimizer, or a learning rate.
         batches: The policy.
         models: ``M``.
@@ -108,7 +111,7 @@ class FedEM(ClientUpdate):
     def model(self) -> Model:
         """The M models as one, of equal weights: what a client without data would predict with."""
         bound = {name: jax.tree_util.Partial(f, self.loss) for name, f in _EQUAL_MIXTURE.items()}
-        return Model(init=jax.tree_util.Partial(_Starts(self.models), self.loss), **bound)
+        return Model(init=jax.tree_util.Partial(_Starts(self.models), self.loss), measure=self.loss.measure, **bound)
 
     @property
     def optimizers(self) -> tuple[Optimizer, ...]:
@@ -164,8 +167,8 @@ class FedEM(ClientUpdate):
         return jax.lax.fori_loop(0, self.passes, update, kept.weights), start.params, start.stats
 
     def metrics(self, personal: tuple[jax.Array, Params, Stats], batch: Batch) -> dict[str, jax.Array]:
-        """The mixture's ``loss`` (``-log p(y | x)``) and ``accuracy``."""
-        return mixture_metrics(mixture_log_probabilities(self.loss, *personal, batch), batch)
+        """The metrics of the mixture's predictions, ``loss`` among them (``-log p(y | x)``)."""
+        return mixture_metrics(self.loss, mixture_log_probabilities(self.loss, *personal, batch), batch)
 
     def _keys(self, key: jax.Array) -> jax.Array:
         """``[M]``, one for each model; a split inside the loop over clients would count as a second use of the key."""
@@ -209,29 +212,34 @@ def _weighted_loss(loss: Any, params: Params, stats: Stats, batch: Batch, key: A
 
 
 def mixture_log_probabilities(model: Model, weights: jax.Array, params: Params, stats: Stats, batch: Batch) -> jax.Array:
-    """``log sum_m weights_m softmax(logits_m)``, ``[B, classes]``.
+    """``log sum_m weights_m softmax(logits_m)``, ``[B, ..., classes]``.
 
     Raises:
-        ValueError: While tracing, if the model does not predict ``[B, classes]``.
+        ValueError: While tracing, if the model does not predict ``[B, ..., classes]``, two classes or more.
     """
     logits = jax.vmap(lambda params, stats: model.predict(params, stats, batch))(params, stats)
-    if logits.ndim != 3:
-        raise ValueError(f"FedEM: expected logits [B, classes] of the model's predict, got shape {logits.shape[1:]}.")
-    return jax.nn.logsumexp(jax.nn.log_softmax(logits) + jnp.log(weights)[:, None, None], axis=0)
+    if logits.ndim < 3 or logits.shape[-1] < 2:
+        remedy = "A single logit for two classes needs a second one, of zeros."
+        raise ValueError(f"FedEM: expected logits [B, ..., classes] of the model's predict, got {logits.shape[1:]}. {remedy}")
+    return jax.nn.logsumexp(jax.nn.log_softmax(logits) + jnp.log(weights).reshape(-1, *[1] * (logits.ndim - 1)), axis=0)
 
 
-def mixture_metrics(log_probabilities: jax.Array, batch: Batch) -> dict[str, jax.Array]:
-    """``loss`` and ``accuracy`` ``[B]`` of log probabilities ``[B, classes]`` for the labels ``batch["y"]`` ``[B]``.
+def mixture_metrics(model: Model, log_probabilities: jax.Array, batch: Batch) -> dict[str, jax.Array]:
+    """The Model's metrics ``[B]`` of log probabilities ``[B, ..., classes]``; without a ``measure``, ``loss`` and ``accuracy``.
 
     Raises:
-        TypeError: While tracing, if there are no integer labels.
+        TypeError: While tracing, if ``batch["y"]`` are no integer labels ``[B, ...]``; without a ``measure``, if it is missing.
     """
-    labels = batch.get("y")
-    if labels is None or labels.shape != log_probabilities.shape[:1] or not jnp.issubdtype(labels.dtype, jnp.integer):
-        got = "none" if labels is None else f"{labels.dtype} {labels.shape}"
-        raise TypeError(f'FedEM: expected integer labels batch["y"] [B], got {got}.')
-    chosen = jnp.take_along_axis(log_probabilities, labels[:, None], axis=1)[:, 0]
-    return {"loss": -chosen, "accuracy": log_probabilities.argmax(-1) == labels}
+    labels, shape = batch.get("y"), log_probabilities.shape[:-1]
+    if labels is not None and (labels.shape != shape or not jnp.issubdtype(labels.dtype, jnp.integer)):
+        raise TypeError(f'FedEM: expected integer labels batch["y"] {shape}, got {labels.dtype} {labels.shape}.')
+    if model.measure is not None:
+        return model.measure(log_probabilities, batch)
+    if labels is None:
+        raise TypeError(f'FedEM: expected integer labels batch["y"] {shape}, got none.')
+    chosen = jnp.take_along_axis(log_probabilities, labels[..., None], axis=-1)
+    values = {"loss": -chosen, "accuracy": log_probabilities.argmax(-1) == labels}
+    return {name: value.reshape(value.shape[0], -1).mean(1) for name, value in values.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,7 +258,7 @@ def _equal_predict(model: Model, params: Params, stats: Stats, batch: Batch) -> 
 
 
 def _equal_metrics(model: Model, params: Params, stats: Stats, batch: Batch) -> dict[str, jax.Array]:
-    return mixture_metrics(_equal_predict(model, params, stats, batch), batch)
+    return mixture_metrics(model, _equal_predict(model, params, stats, batch), batch)
 
 
 def _equal_loss(model: Model, params: Params, stats: Stats, batch: Batch, key: Any) -> tuple[jax.Array, Stats]:

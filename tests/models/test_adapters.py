@@ -156,8 +156,10 @@ def test_metrics_are_loss_and_accuracy_of_each_example(make):
     metrics = model.metrics(params, stats, batch)
     assert sorted(metrics) == ["accuracy", "loss"]
     np.testing.assert_allclose(metrics["loss"], _loss_of(model, params, stats, batch, None)[0])
-    right = _predict_of(model, params, stats, batch).argmax(-1) == batch["y"]
-    np.testing.assert_array_equal(metrics["accuracy"], right)
+    outputs = _predict_of(model, params, stats, batch)
+    np.testing.assert_array_equal(metrics["accuracy"], outputs.argmax(-1) == batch["y"])
+    for name, values in model.measure(outputs, batch).items():
+        np.testing.assert_array_equal(values, metrics[name])
 
 
 @pytest.mark.parametrize("make", EVERY.values(), ids=EVERY)
