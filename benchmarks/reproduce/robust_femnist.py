@@ -108,7 +108,15 @@ def lost(rule: str, where: str) -> Ours:
 NOISE = (
     "Standard deviation 200. Seeds 1 and 2; on seed 0 the mean's accuracy had been seen to fall to 0.023, which does not count."
 )
-GENTLE = "Not looked into further; fifteen rounds of a convex model may be too few for so small a shift or noise."
+GENTLE = (
+    "Noise of standard deviation 1 from a fifth of the writers is 0.06 in each coordinate of a mean, which later rounds undo. "
+    "With 200 the mean falls to 0.023 on this seed."
+)
+LITTLE = (
+    "However far attackers go, a fifth of them moves a median only to the honest clients' 62nd percentile. By the paper's count "
+    "z is 0.25 here. In the paper's direction, alike in all coordinates, this model gains: the median has 0.526 with z = 0.25, "
+    "0.529 with 1.5 and with 5, 0.507 without attackers. Against the sign of each mean coordinate it has 0.460, a loss of 0.05."
+)
 
 
 def breaks(rule: str, where: str, source: str, remark: str = "") -> Row:
@@ -139,7 +147,7 @@ ROWS = [
         for attack in ("sign flip", "scaling", "gaussian")
     ),
     *(
-        breaks(rule, setting("a little", 20), "Baruch et al. 2019", GENTLE)
+        breaks(rule, setting("a little", 20), "Baruch et al. 2019", LITTLE)
         for rule in ("median", "trimmed mean", "krum", "bulyan")
     ),
     breaks("mean", setting(LARGE, 20), "Blanchard et al. 2017", NOISE),
