@@ -1,4 +1,4 @@
-"""q-FedAvg on synthetic(1, 1): the higher q, the more alike are the clients' accuracies.
+"""q-FedAvg on synthetic(1, 1): the higher q, the more alike the clients' accuracies should be.
 
 100 clients, 10 a round, softmax regression, batches of 10, one epoch of rate 0.1. The paper draws clients in proportion to their
 rows; here they are drawn and weighed alike, chosen after a try with weights by rows, in which q = 0 had not settled: on one seed
@@ -22,7 +22,10 @@ from .training import by_client, trained
 LEVELS, SETTING = (0.0, 0.5, 1.0, 2.0), "synthetic(1,1), 100 clients"
 SEEDS, FRESH = (0, 1, 2), (100, 101, 102, 103, 104)
 PAPER = "Li et al. 2020 (q-FFL): falls in q"
-SLOW = "The steps of q = 2 are the smallest: it is probably not there yet in the shortened form."
+SLOW = (
+    "2000 rounds are too few: on seed 0 they leave q = 2 a variance of 667 and an objective of 0.630, 4000 rounds 527 and 0.531 "
+    "(q = 1 after 2000: 609)."
+)
 ACCURACY, VARIANCE = "accuracy by client", "accuracy variance"
 
 
@@ -51,6 +54,11 @@ def train(run: Run, folder: Path, whole: bool) -> Numbers:
 
 
 ANEW = "Seeds 100 to 104. Weights were chosen on seeds 0 to 2, which do not count."
+RISES = {
+    (0, 0.5): "On one of five seeds it rises, by 2.5.",
+    (0.5, 1): "On three of five seeds it rises, by 7 to 61: not explained, unless 2000 rounds are too few here as for q = 2.",
+}
+FALLS_SHORT = {1: "One of five seeds loses 0.035: not explained, unless 2000 rounds are too few here as for q = 2."}
 
 
 def falls(lower: float, higher: float) -> Row:
@@ -63,7 +71,7 @@ def falls(lower: float, higher: float) -> Row:
         None,
         PAPER,
         every_seed_at_least(0),
-        SLOW if higher == 2 else ANEW,
+        SLOW if higher == 2 else f"{ANEW} {RISES[lower, higher]}",
         gap,
         SEEDS if higher == 2 else FRESH,
     )
@@ -79,7 +87,7 @@ def keeps(q: float) -> Row:
         None,
         PAPER,
         every_seed_at_least(-0.03),
-        SLOW if q == 2 else ANEW,
+        SLOW if q == 2 else f"{ANEW} {FALLS_SHORT.get(q, '')}".rstrip(),
         gap,
         SEEDS if q == 2 else FRESH,
     )
@@ -109,7 +117,7 @@ def draw(figure: Any, results: Results) -> None:
 
 FEDERATION = Federation(
     name="fair-synthetic",
-    title="Fairness over 100 clients of synthetic(1, 1): accuracies draw together as q grows",
+    title="Fairness over 100 clients of synthetic(1, 1): how far apart their accuracies are, by q",
     runs=[Run(method(q), SETTING, seed) for seed, q in product((*SEEDS, *FRESH), LEVELS)],
     train=train,
     rows=[*(falls(*pair) for pair in pairwise(LEVELS)), *(keeps(q) for q in LEVELS[1:])],
