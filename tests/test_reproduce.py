@@ -74,6 +74,18 @@ def test_differences_pair_seeds(load):
     assert found == pytest.approx([0.3])
 
 
+def test_a_row_counts_the_seeds_that_it_names(load):
+    """What was run before a rule was written down is in the results, and does not count."""
+    federation = load("federation")
+    results = federation.Results([line(method, seed, accuracy=seed / 10) for method in "ab" for seed in (0, 1, 5, 6)])
+    rule = federation.every_seed_at_least(0.5)
+    everything = federation.Row("a", "here", "accuracy", None, "a paper", rule)
+    fresh = federation.Row("a", "here", "accuracy", None, "a paper", rule, seeds=(5, 6))
+    assert [rule.holds(row.values(results), None) for row in (everything, fresh)] == [False, True]
+    gap = federation.differences(("a", "here"), ("b", "here"), "accuracy")
+    assert federation.Row("a - b", "here", "accuracy", None, "a paper", rule, "", gap, (6,)).values(results) == [0.0]
+
+
 # ---- the table
 
 
@@ -263,8 +275,16 @@ def test_regions_of_fed_tcga_brca(load, shared):
 
 
 def test_people_of_adult(load, shared):
-    """413 people of 32,561 have a doctorate; each has one value of a column, or none where it is missing."""
+    """413 people of 32,561 have a doctorate; each has one value of a column, or none where it is missing.
+
+    Divided anew a third of both clients is for testing, and nobody is lost.
+    """
+    train, test = load("fair_adult").data(shared / "data", 1)
+    doctorates = 413 + 181
+    assert train.sizes.tolist() == [(48842 - doctorates) * 2 // 3, doctorates * 2 // 3]
+    assert train.num_examples + test.num_examples == 48842
     train, test = load("fair_adult").data(shared / "data")
+    assert test.sizes[1] == 181
     assert train.sizes.tolist() == [32561 - 413, 413]
     assert test.num_examples == 16281
     per_person = train.arrays["x"].sum(1)

@@ -4,7 +4,9 @@ Logistic regression on the categorical columns alone, 600 rounds of one step of 
 nothing is drawn. FedAvg by examples hardly hears the doctorates; agnostic federated averaging weighs whoever fares worse.
 
 This is the second setting. In the first, 50 steps of batches of 10, AFL also had the lower worst training loss, but a worst test
-accuracy 0.06 below FedAvg's. The row of q-FedAvg's worst accuracy was added with the second.
+accuracy 0.06 below FedAvg's. The row of q-FedAvg's worst accuracy was added with the second. So what the two files give is only
+shown. As nothing is drawn there are no seeds; instead all 48,842 people are divided anew, a third of each client to test on, five
+times. Those divisions are held to the rules, which were committed before they were run. They are not of other people.
 """
 
 import csv
@@ -21,12 +23,12 @@ from jaxfed.data import FederatedData
 from jaxfed.models.reference import logistic_regression
 
 from . import pictures
-from .federation import SHOWN, Federation, Numbers, Results, Row, Run, differences
+from .federation import SHOWN, Federation, Numbers, Results, Row, Rule, Run, differences, every_seed_at_least, every_seed_at_most
 from .training import trained
 
 FILES = ("adult/adult.data.gz", "adult/adult.test.gz")
 COLUMNS = ("workclass", "education", "marital-status", "occupation", "relationship", "race", "sex", "native-country")
-SEEDS, SETTING, ROUNDS = (0,), "2 clients", 600
+SETTING, ANEW, FRESH, ROUNDS = "2 clients", "2 clients, divided anew", (1, 2, 3, 4, 5), 600
 _WORK: Any = {"lrate": 0.1, "batch_size": None, "steps": 1}
 METHODS = {
     "fedavg": partial(jaxfed.fedavg, **_WORK),
@@ -34,7 +36,10 @@ METHODS = {
     "qfedavg q=5": partial(jaxfed.qfedavg, q=5.0, weights="uniform", **_WORK),
     "afl": partial(jaxfed.afl, domains=2, ascent_rate=0.1, ascent="projected", **_WORK),
 }
-PAPER = "Mohri et al. 2019: the worst domain gains"
+PAPERS = {
+    "afl": "Mohri et al. 2019: the worst domain gains",
+    "qfedavg q=5": "Li et al. 2020 (q-FFL): the worst gains, the gap shrinks",
+}
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -44,8 +49,8 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 @lru_cache(maxsize=1)
-def data(folder: Path) -> tuple[FederatedData, FederatedData]:
-    """Training and test people; a missing entry has no column of its own."""
+def data(folder: Path, seed: int = 0) -> tuple[FederatedData, FederatedData]:
+    """Training and test people; a missing entry has no column of its own. Seed 0 keeps the files, others divide anew."""
     train, test = (read(folder / name) for name in FILES)
     known = [(column, value) for column in COLUMNS for value in sorted({row[column] for row in train} - {"?"})]
 
@@ -55,12 +60,12 @@ def data(folder: Path) -> tuple[FederatedData, FederatedData]:
         y = np.array([row["income"] == ">50K" for row in rows], np.int32)
         return FederatedData.from_arrays({"x": x, "y": y, "domain": doctorate.astype(np.int32)}, doctorate.astype(int))
 
-    return federated(train), federated(test)
+    return federated([*train, *test]).split(1 / 3, seed=seed) if seed else (federated(train), federated(test))
 
 
 def train(run: Run, folder: Path, whole: bool) -> Numbers:
     """One run."""
-    rows, test = data(folder)
+    rows, test = data(folder, run.seed)
     algorithm = METHODS[run.method](logistic_regression(rows.client(0), classes=2))
     simulation = jaxfed.Simulation(algorithm, rows, chunk=50)
     state, _ = trained(simulation, run.seed, rounds=ROUNDS)
@@ -76,19 +81,24 @@ def train(run: Run, folder: Path, whole: bool) -> Numbers:
     }
 
 
-def against(method: str, metric: str, rule: Any, remark: str = "") -> Row:
+def against(method: str, metric: str, setting: str, rule: Rule, remark: str) -> Row:
     """A method beside FedAvg by examples."""
-    gap = differences((method, SETTING), ("fedavg", SETTING), metric)
-    return Row(f"{method} - fedavg", SETTING, metric, None, PAPER, rule, remark, gap)
+    gap = differences((method, setting), ("fedavg", setting), metric)
+    return Row(f"{method} - fedavg", setting, metric, None, PAPERS[method], rule, remark, gap)
 
 
 LATER = "Not counted as holding: chosen after the first setting, in which AFL's worst accuracy was 0.06 below FedAvg's."
+FIVE = "Five divisions of the same people, none of which had been run when the rule was fixed."
+CLAIMS = {
+    ("afl", "worst training loss"): every_seed_at_most(0),
+    ("afl", "worst accuracy"): every_seed_at_least(0),
+    ("qfedavg q=5", "worst accuracy"): every_seed_at_least(0),
+    ("qfedavg q=5", "worst training loss"): every_seed_at_most(0),
+    ("qfedavg q=5", "gap"): every_seed_at_most(0),
+}
 ROWS = [
-    against("afl", "worst training loss", SHOWN, LATER),
-    against("afl", "worst accuracy", SHOWN, LATER),
-    against("qfedavg q=5", "worst accuracy", SHOWN, LATER),
-    against("qfedavg q=5", "worst training loss", SHOWN, LATER),
-    against("qfedavg q=5", "gap", SHOWN, LATER),
+    *(against(*claim, SETTING, SHOWN, LATER) for claim in CLAIMS),
+    *(against(*claim, ANEW, rule, FIVE) for claim, rule in CLAIMS.items()),
 ]
 
 
@@ -116,10 +126,10 @@ def draw(figure: Any, results: Results) -> None:
 FEDERATION = Federation(
     name="fair-adult",
     title="Census income: people with a doctorate and all others, served by four methods",
-    runs=[Run(method, SETTING, seed) for seed, method in product(SEEDS, METHODS)],
+    runs=[Run(method, ANEW if seed else SETTING, seed) for seed, method in product((0, *FRESH), METHODS)],
     train=train,
     rows=ROWS,
     draw=draw,
     files=FILES,
-    minutes=(3, 3),
+    minutes=(6, 6),
 )

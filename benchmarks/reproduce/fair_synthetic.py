@@ -1,8 +1,9 @@
-"""q-FedAvg on synthetic(1, 1): the higher q, the more alike are the clients' accuracies.
+"""q-FedAvg on synthetic(1, 1): the higher q, the more alike the clients' accuracies should be.
 
 100 clients, 10 a round, softmax regression, batches of 10, one epoch of rate 0.1. The paper draws clients in proportion to their
 rows; here they are drawn and weighed alike, chosen after a try with weights by rows, in which q = 0 had not settled: on one seed
-its variance was 1291, and that of q = 0.5 1309. Variances are of percents, over clients.
+its variance was 1291, and that of q = 0.5 1309. So all rows but those of q = 2 are held to five fresh seeds, of data and draws,
+by rules that were committed before those were run. Variances are of percents, over clients.
 """
 
 from functools import lru_cache
@@ -15,12 +16,16 @@ from jaxfed.data import FederatedData, synthetic
 from jaxfed.models.reference import logistic_regression
 
 from . import pictures
-from .federation import SHOWN, Federation, Numbers, Results, Row, Run, differences, every_seed_at_least
+from .federation import Federation, Numbers, Results, Row, Run, differences, every_seed_at_least
 from .training import by_client, trained
 
-LEVELS, SEEDS, SETTING = (0.0, 0.5, 1.0, 2.0), (0, 1, 2), "synthetic(1,1), 100 clients"
+LEVELS, SETTING = (0.0, 0.5, 1.0, 2.0), "synthetic(1,1), 100 clients"
+SEEDS, FRESH = (0, 1, 2), (100, 101, 102, 103, 104)
 PAPER = "Li et al. 2020 (q-FFL): falls in q"
-SLOW = "The steps of q = 2 are the smallest: it is probably not there yet in the shortened form."
+SLOW = (
+    "2000 rounds are too few: on seed 0 they leave q = 2 a variance of 667, a mean of 0.656 and an objective of 0.630; 6000 rounds "
+    "450, 0.694 and 0.457 (after 2000 rounds q = 1 has 609 and q = 0 a mean of 0.642)."
+)
 ACCURACY, VARIANCE = "accuracy by client", "accuracy variance"
 
 
@@ -48,7 +53,12 @@ def train(run: Run, folder: Path, whole: bool) -> Numbers:
     return by_client(evaluation) | {"accuracies of clients": clients}
 
 
-LATER = "Not counted as holding: uniform weights were chosen after weights by rows, with which q = 0.5 did not fall on one seed."
+ANEW = "Seeds 100 to 104. Weights were chosen on seeds 0 to 2, which do not count."
+RISES = {
+    (0, 0.5): "On one of five seeds it rises, by 2.5.",
+    (0.5, 1): "On three of five seeds it rises, by 7 to 61: not explained, unless 2000 rounds are too few here as for q = 2.",
+}
+FALLS_SHORT = {1: "One of five seeds loses 0.035: not explained, unless 2000 rounds are too few here as for q = 2."}
 
 
 def falls(lower: float, higher: float) -> Row:
@@ -60,9 +70,10 @@ def falls(lower: float, higher: float) -> Row:
         VARIANCE,
         None,
         PAPER,
-        every_seed_at_least(0) if higher == 2 else SHOWN,
-        SLOW if higher == 2 else LATER,
+        every_seed_at_least(0),
+        SLOW if higher == 2 else f"{ANEW} {RISES[lower, higher]}",
         gap,
+        SEEDS if higher == 2 else FRESH,
     )
 
 
@@ -75,9 +86,10 @@ def keeps(q: float) -> Row:
         ACCURACY,
         None,
         PAPER,
-        every_seed_at_least(-0.03) if q == 2 else SHOWN,
-        SLOW if q == 2 else LATER,
+        every_seed_at_least(-0.03),
+        SLOW if q == 2 else f"{ANEW} {FALLS_SHORT.get(q, '')}".rstrip(),
         gap,
+        SEEDS if q == 2 else FRESH,
     )
 
 
@@ -90,7 +102,7 @@ def draw(figure: Any, results: Results) -> None:
         variances = results.by_seed(method(q), SETTING, VARIANCE)
         means = results.by_seed(method(q), SETTING, ACCURACY)
         panels[1].plot(list(variances.values()), list(means.values()), "o", color=color)
-    for seed in SEEDS:
+    for seed in (*SEEDS, *FRESH):
         found = [(results.by_seed(method(q), SETTING, VARIANCE), results.by_seed(method(q), SETTING, ACCURACY)) for q in LEVELS]
         points = [(variance[seed], mean[seed]) for variance, mean in found if seed in variance]
         panels[1].plot(*zip(*points), color="#bbbbbb", linewidth=1, zorder=0)
@@ -105,11 +117,11 @@ def draw(figure: Any, results: Results) -> None:
 
 FEDERATION = Federation(
     name="fair-synthetic",
-    title="Fairness over 100 clients of synthetic(1, 1): accuracies draw together as q grows",
-    runs=[Run(method(q), SETTING, seed) for seed, q in product(SEEDS, LEVELS)],
+    title="Fairness over 100 clients of synthetic(1, 1): how far apart their accuracies are, by q",
+    runs=[Run(method(q), SETTING, seed) for seed, q in product((*SEEDS, *FRESH), LEVELS)],
     train=train,
     rows=[*(falls(*pair) for pair in pairwise(LEVELS)), *(keeps(q) for q in LEVELS[1:])],
     draw=draw,
     short="2000 rounds instead of 20000.",
-    minutes=(3, 25),
+    minutes=(4, 65),
 )

@@ -1,7 +1,7 @@
 """What a federation's file declares: its runs, how one is trained, the rows that it adds to the table, its picture."""
 
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,10 @@ class Results:
         """A metric of every seed that has been run."""
         found = [line for line in self.lines if (line["method"], line["setting"]) == (method, setting)]
         return {line["seed"]: line["numbers"][metric] for line in found if metric in line["numbers"]}
+
+    def of(self, seeds: Collection[int]) -> "Results":
+        """The runs of some seeds."""
+        return Results(line for line in self.lines if line["seed"] in seeds)
 
     def mean(self, method: str, setting: str, metric: str) -> float:
         """Over seeds; NaN where nothing has been run."""
@@ -106,6 +110,7 @@ class Row:
         rule: When ours agrees.
         remark: What a reader needs to know, such as why it does not hold.
         ours: The values, one for each seed, where they are not simply that metric of those runs.
+        seeds: Those that count: a rule that was written down after some seeds had been seen is held to fresh ones. None: all.
     """
 
     method: str
@@ -116,9 +121,12 @@ class Row:
     rule: Rule
     remark: str = ""
     ours: Ours | None = None
+    seeds: Collection[int] | None = None
 
     def values(self, results: Results) -> list[float]:
         """Ours, one for each seed."""
+        if self.seeds is not None:
+            results = results.of(self.seeds)
         if self.ours is not None:
             return list(self.ours(results))
         return list(results.by_seed(self.method, self.setting, self.metric).values())

@@ -1,7 +1,8 @@
 """FedProx's synthetic federations with stragglers: FedAvg drops them, FedProx lets them do what they can.
 
 Softmax regression on 30 clients, 10 a round, 200 rounds of 20 epochs. Accuracy is the mean of the last 20 rounds over all test
-rows; its oscillation the standard deviation of the last 50 rounds. The rows of training losses came after the first results.
+rows; its oscillation the standard deviation of the last 50 rounds. The rows of training losses came after the first results, so
+they are held to three federations that nothing had been run on: a second program's figures and the bound were committed before.
 """
 
 from functools import lru_cache
@@ -30,12 +31,15 @@ from .federation import (
 )
 from .training import curve, trained
 
+PROX = "fedprox mu=1"
 SETS = {"iid": (0, 0), "(0,0)": (0, 0), "(.5,.5)": (0.5, 0.5), "(1,1)": (1, 1)}
 UNLIKE = [name for name in SETS if name != "iid"]
-LATE, METHODS, SEEDS = (0, 50, 90), {"fedavg": 0.0, "fedprox mu=0": 0.0, "fedprox mu=1": 1.0}, (0, 1, 2)
+LATE, METHODS = (0, 50, 90), {"fedavg": 0.0, "fedprox mu=0": 0.0, PROX: 1.0}
+SEEDS, FRESH = (0, 1, 2), (100, 102, 104)
 ROUNDS, EPOCHS, COHORT = 200, 20, 10
 PAPER = "Li et al. 2020"
 NUMPY = "independent NumPy program, same data seeds"
+SECOND = "a second program in NumPy and C, same rows"
 
 
 def setting(name: str, late: int) -> str:
@@ -91,25 +95,44 @@ def measured() -> list[Row]:
     rows = []
     for (name, late), values in MEASURED.items():
         for method, value in zip(METHODS, values):
-            rule = within(0.02 if method == "fedprox mu=1" else 0.04)
-            remark = SPLIT if (name, method) == ("(0,0)", "fedprox mu=1") else ""
+            rule = within(0.02 if method == PROX else 0.04)
+            remark = SPLIT if (name, method) == ("(0,0)", PROX) else ""
             if value is not None:
-                rows.append(Row(method, setting(name, late), "accuracy", value, NUMPY, rule, remark))
+                rows.append(Row(method, setting(name, late), "accuracy", value, NUMPY, rule, remark, seeds=SEEDS))
     return rows
 
 
 # Pooled training losses of FedProx mu=1 without stragglers.
 LOSSES = {"iid": 0.877, "(0,0)": 0.605, "(.5,.5)": 0.515, "(1,1)": 0.352}
-SPLIT = "Not explained: three other choices of test rows move this mean by 0.008 at most. The training loss agrees."
-
-
+SPLIT = (
+    "No fault: with all clients and all rows in a step a second program (NumPy and C) gives these weights to 2e-8. On the same "
+    "rows with its own draws that program has 0.774; testing on each client's last tenth 0.768, then with batches in one order "
+    "throughout 0.765. Draws alone move one seed from 0.759 to 0.785. So 0.02 is within the noise of test rows and draws."
+)
 LATER = "Not counted as holding: added after the first results."
-EDGE = "One seed of three moves by 0.0054, on 1004 test rows."
+EDGE = "One seed of three moves by 0.0054: 5.4 of its 1004 test rows, where the bound is 5.0 of them."
 
 
 def losses() -> list[Row]:
     """Training losses, which do not depend on which rows are for testing as accuracies do."""
-    return [Row("fedprox mu=1", setting(name, 0), "training loss", x, NUMPY, SHOWN, LATER) for name, x in LOSSES.items()]
+    return [Row(PROX, setting(name, 0), "training loss", x, NUMPY, SHOWN, LATER, seeds=SEEDS) for name, x in LOSSES.items()]
+
+
+# Accuracies and pooled training losses of FedProx mu=1 by the second program: means of the three seeds, with two draws of each.
+AGAIN = {"iid": (0.7208, 0.7673), "(0,0)": (0.8362, 0.4621), "(.5,.5)": (0.8432, 0.4145), "(1,1)": (0.8643, 0.3754)}
+ANEW = (
+    "Data seeds 100, 102, 104, new to both programs. The bound is three standard deviations by the second program's own draws "
+    "(0.007 and 0.006), rounded up."
+)
+
+
+def anew() -> list[Row]:
+    """Both figures of FedProx mu=1 on federations that no run had seen, beside the second program on the same rows."""
+    return [
+        Row(PROX, setting(name, 0), figure, value, SECOND, within(0.01), ANEW, seeds=FRESH)
+        for name, both in AGAIN.items()
+        for figure, value in zip(("accuracy", "training loss"), both)
+    ]
 
 
 def ratios(one: tuple[str, str], other: tuple[str, str], metric: str) -> Any:
@@ -124,20 +147,19 @@ def ratios(one: tuple[str, str], other: tuple[str, str], metric: str) -> Any:
 
 def moved(name: str) -> Any:
     """How far stragglers move FedProx's accuracy."""
-    method = "fedprox mu=1"
-    found = differences((method, setting(name, 90)), (method, setting(name, 0)), "accuracy")
+    found = differences((PROX, setting(name, 90)), (PROX, setting(name, 0)), "accuracy")
     return lambda results: [abs(value) for value in found(results)]
 
 
 def gains(results: Results) -> list[float]:
     """FedProx mu=1 over FedAvg at 90% stragglers, the mean of the federations with unlike clients."""
-    found = [differences(("fedprox mu=1", s), ("fedavg", s), "accuracy")(results) for s in (setting(n, 90) for n in UNLIKE)]
+    found = [differences((PROX, s), ("fedavg", s), "accuracy")(results) for s in (setting(n, 90) for n in UNLIKE)]
     return np.mean(found, axis=0).tolist() if all(map(len, found)) and len({len(f) for f in found}) == 1 else []
 
 
 def claims() -> list[Row]:
     """What holds for every seed, and what the paper says."""
-    late, calm, prox = setting("(1,1)", 90), setting("iid", 0), "fedprox mu=1"
+    late, calm, prox = setting("(1,1)", 90), setting("iid", 0), PROX
     same = [
         Row("fedprox mu=0 - fedavg", s, "accuracy", 0.0, "identity", every_seed_at_most(0.0), "", gap)
         for s in (setting(name, 0) for name in SETS)
@@ -172,6 +194,7 @@ def claims() -> list[Row]:
 
 def draw(figure: Any, results: Results) -> None:
     """Accuracy by round: a column for each federation, a row for each share of stragglers."""
+    results = results.of(SEEDS)
     axes = figure.subplots(len(LATE), len(SETS), sharex=True, sharey=True)
     for (i, late), (j, name) in product(enumerate(LATE), enumerate(SETS)):
         panel = axes[i, j]
@@ -194,9 +217,10 @@ def draw(figure: Any, results: Results) -> None:
 FEDERATION = Federation(
     name="fedprox-synthetic",
     title="Test accuracy under stragglers on FedProx's synthetic federations (lines: means of three seeds, bands: their range)",
-    runs=[Run(m, setting(name, late), seed) for name, seed, late, m in product(SETS, SEEDS, LATE, METHODS)],
+    runs=[Run(m, setting(name, late), seed) for name, seed, late, m in product(SETS, SEEDS, LATE, METHODS)]
+    + [Run(PROX, setting(name, 0), seed) for name, seed in product(SETS, FRESH)],
     train=train,
-    rows=[*measured(), *losses(), *claims()],
+    rows=[*measured(), *losses(), *anew(), *claims()],
     draw=draw,
-    minutes=(25, 25),
+    minutes=(28, 28),
 )

@@ -2,7 +2,8 @@
 
 Softmax regression over 62 classes, 15 rounds of one epoch of rate 0.1 with batches of 10. The honest writers' test rows count. A
 rule that must be told a number of attackers is told the true one; Bulyan wants 4 f + 3 clients, so 30% attackers are too many.
-One seed and 15 rounds, for time: 40 rounds and two seeds were planned.
+One seed and 15 rounds, for time: 40 rounds and two seeds were planned. Noise of standard deviation 1 had turned out too small
+to break a mean, so two fresh seeds have large noise, by rules that were committed before those were run.
 """
 
 from functools import lru_cache
@@ -22,7 +23,7 @@ from .federation import Federation, Numbers, Ours, Results, Row, Run, every_seed
 from .training import curve, trained
 
 FILES = ("femnist_leaf/femnist_leaf155.npz",)
-WRITERS, CLASSES, ROUNDS, SHARES, SEEDS = 50, 62, 15, (10, 20, 30), (0,)
+WRITERS, CLASSES, ROUNDS, SHARES, SEEDS, FRESH = 50, 62, 15, (10, 20, 30), (0,), (1, 2)
 RULES = {
     "mean": lambda f: jaxfed.Mean("uniform"),
     "norm bounding": lambda f: jaxfed.NormBound(max_norm=1.0),
@@ -41,7 +42,7 @@ ATTACKS = {
     "gaussian": attacks.GaussianUpload(1.0),
     "a little": None,
 }
-NOBODY = "nobody attacks"
+NOBODY, LARGE = "nobody attacks", "large gaussian"
 
 
 def setting(attack: str, share: int) -> str:
@@ -50,6 +51,7 @@ def setting(attack: str, share: int) -> str:
 
 
 SETTINGS = {NOBODY: ("", 0)} | {setting(attack, share): (attack, share) for share, attack in product((20, 10, 30), ATTACKS)}
+ANEW = {NOBODY: ("", 0), setting(LARGE, 20): (LARGE, 20)}
 
 
 @lru_cache(maxsize=1)
@@ -73,7 +75,7 @@ def data(folder: Path, attack: str, attackers: int, seed: int) -> tuple[Federate
 
 def train(run: Run, folder: Path, whole: bool) -> Numbers:
     """One run."""
-    attack, share = SETTINGS[run.setting]
+    attack, share = (SETTINGS | ANEW)[run.setting]
     attackers = WRITERS * share // 100
     rows, test = data(folder, attack, attackers, run.seed)
     # Where nobody attacks a rule still guards itself, against a fifth.
@@ -81,7 +83,7 @@ def train(run: Run, folder: Path, whole: bool) -> Numbers:
     if attack == "a little":
         rule = attacks.ALittleIsEnough(rule, z=1.5)
     algorithm = jaxfed.fedavg(logistic_regression(rows.client(0), classes=CLASSES), lrate=0.1, batch_size=10)
-    client = attacks.Malicious(algorithm.client, ATTACKS.get(attack))
+    client = attacks.Malicious(algorithm.client, (ATTACKS | {LARGE: attacks.GaussianUpload(200.0)}).get(attack))
     simulation = jaxfed.Simulation(algorithm.replace(client=client, aggregator=rule), rows)
     state, history = trained(simulation, run.seed, rounds=ROUNDS, eval_every=5, eval_data=test)
     norm = float(history["update_norm"][0])
@@ -103,18 +105,28 @@ def lost(rule: str, where: str) -> Ours:
     return ours
 
 
-GENTLE = "Not looked into further; fifteen rounds of a convex model may be too few for so small a shift or noise."
+NOISE = (
+    "Standard deviation 200. Seeds 1 and 2; on seed 0 the mean's accuracy had been seen to fall to 0.023, which does not count."
+)
+GENTLE = (
+    "Noise of standard deviation 1 from a fifth of the writers is 0.06 in each coordinate of a mean, which later rounds undo. "
+    "With 200 the mean falls to 0.023 on this seed."
+)
+LITTLE = (
+    "However far attackers go, a fifth of them moves a median only to the honest clients' 62nd percentile. By the paper's count "
+    "z is 0.25 here. In the paper's direction, alike in all coordinates, this model gains: the median has 0.526 with z = 0.25, "
+    "0.529 with 1.5 and with 5, 0.507 without attackers. Against the sign of each mean coordinate it has 0.460, a loss of 0.05."
+)
 
 
-def breaks(rule: str, where: str, source: str) -> Row:
+def breaks(rule: str, where: str, source: str, remark: str = "") -> Row:
     """A rule that does not withstand an attack."""
-    remark = GENTLE if where.startswith(("a little", "gaussian")) else ""
     return Row(f"{rule}: calm - attacked", where, "accuracy", None, source, every_seed_at_least(0.15), remark, lost(rule, where))
 
 
-def withstands(rule: str, where: str, source: str) -> Row:
+def withstands(rule: str, where: str, source: str, remark: str = "") -> Row:
     """A rule that does."""
-    return Row(f"{rule}: calm - attacked", where, "accuracy", None, source, every_seed_at_most(0.1), "", lost(rule, where))
+    return Row(f"{rule}: calm - attacked", where, "accuracy", None, source, every_seed_at_most(0.1), remark, lost(rule, where))
 
 
 SOURCES = {
@@ -127,18 +139,25 @@ SOURCES = {
     "centred clipping": "Karimireddy et al. 2021",
 }
 ROWS = [
-    *(breaks("mean", setting(attack, 20), "Blanchard et al. 2017") for attack in ("sign flip", "scaling", "gaussian")),
+    *(breaks("mean", setting(attack, 20), "Blanchard et al. 2017") for attack in ("sign flip", "scaling")),
+    breaks("mean", setting("gaussian", 20), "Blanchard et al. 2017", GENTLE),
     *(
         withstands(rule, setting(attack, 20), source)
         for rule, source in SOURCES.items()
         for attack in ("sign flip", "scaling", "gaussian")
     ),
-    *(breaks(rule, setting("a little", 20), "Baruch et al. 2019") for rule in ("median", "trimmed mean", "krum", "bulyan")),
+    *(
+        breaks(rule, setting("a little", 20), "Baruch et al. 2019", LITTLE)
+        for rule in ("median", "trimmed mean", "krum", "bulyan")
+    ),
+    breaks("mean", setting(LARGE, 20), "Blanchard et al. 2017", NOISE),
+    *(withstands(rule, setting(LARGE, 20), source, NOISE) for rule, source in SOURCES.items()),
 ]
 
 
 def draw(figure: Any, results: Results) -> None:
     """Accuracies as numbers on colours: rules by attacks, a panel for each share of attackers."""
+    results = results.of(SEEDS)
     for number, (panel, share) in enumerate(zip(figure.subplots(1, len(SHARES), sharey=True), SHARES)):
         columns = [NOBODY, *(setting(attack, share) for attack in ATTACKS)]
         table = np.array([[results.mean(rule, column, "accuracy") for column in columns] for rule in RULES])
@@ -162,10 +181,11 @@ FEDERATION = Federation(
         Run(rule, where, seed)
         for seed, (where, (_, share)), rule in product(SEEDS, SETTINGS.items(), RULES)
         if possible(rule, share)
-    ],
+    ]
+    + [Run(rule, where, seed) for seed, where, rule in product(FRESH, ANEW, ("mean", *SOURCES))],
     train=train,
     rows=ROWS,
     draw=draw,
     files=FILES,
-    minutes=(12, 12),
+    minutes=(16, 16),
 )

@@ -3,7 +3,8 @@
 866 patients to train on, 222 to test on, 39 features as they are (the age in years), 5 rounds of 100 steps with batches of 8, all
 regions in each. The measure is Harrell's C over the pooled test patients: 0.5 is chance.
 Seeds differ so much that there are 30 of them, chosen after five had given FedAdam 0.818, below its bound (and 0.767 from Flax's
-own initial weights, which are wider than PyTorch's).
+own initial weights, which are wider than PyTorch's). So FedAdam and FedYogi are held to 30 fresh ones, by a rule from FLamby's
+figures: within one of its standard deviations. The rule and the seeds were committed before those were run.
 """
 
 import csv
@@ -22,10 +23,10 @@ from jaxfed.models.adapters import from_linen
 from jaxfed.models.survival import concordance_index, cox
 
 from . import pictures
-from .federation import SHOWN, Federation, Numbers, Results, Row, Run
+from .federation import SHOWN, Federation, Numbers, Results, Row, Run, within
 
 FILES = ("tcga_brca/brca.csv", "tcga_brca/train_test_split.csv")
-SEEDS, SETTING, ROUNDS, STEPS = range(30), "6 regions, pooled test", 5, 100
+SEEDS, FRESH, SETTING, ROUNDS, STEPS = range(30), range(100, 130), "6 regions, pooled test", 5, 100
 _WORK: Any = {"batch_size": 8, "steps": STEPS}
 _ADAPTIVE: Any = {"lrate": 0.01, "beta_1": 0.9, "beta_2": 0.999, "tau": 1e-8, "server_lrate": 0.1, **_WORK}
 METHODS = {
@@ -84,12 +85,12 @@ def train(run: Run, folder: Path, whole: bool) -> Numbers:
 
 
 NOISE = "The rate is so high for ages in years that the last steps decide: ± {:.3f} in the publication, too."
-LATER = (
-    "Not counted as holding: 30 seeds and PyTorch's initial weights were chosen after five seeds had given FedAdam 0.767, then "
-    "0.818 with those weights, below the bound of 0.82."
+ADAPTIVE = ("fedadam", "fedyogi")
+ANEW = (
+    "Seeds 100 to 129. The rule is one published standard deviation. The setting was chosen on seeds 0 to 29, which do not count."
 )
 ROWS = [
-    *(Row(m, SETTING, "concordance", PUBLISHED[m], FLAMBY, SHOWN, LATER) for m in ("fedadam", "fedyogi")),
+    *(Row(m, SETTING, "concordance", PUBLISHED[m], FLAMBY, within(SPREAD[m]), ANEW, seeds=FRESH) for m in ADAPTIVE),
     *(
         Row(m, SETTING, "concordance", PUBLISHED[m], FLAMBY, SHOWN, NOISE.format(SPREAD[m]))
         for m in ("fedavg", "fedprox", "pooled")
@@ -125,7 +126,11 @@ def draw(figure: Any, results: Results) -> None:
 FEDERATION = Federation(
     name="tcga-brca",
     title="Survival with breast cancer in six regions: who has the event first? (0.5: chance)",
-    runs=[Run(method, SETTING, seed) for seed, method in product(SEEDS, PUBLISHED)],
+    runs=[
+        Run(method, SETTING, seed)
+        for seeds, methods in ((SEEDS, PUBLISHED), (FRESH, ADAPTIVE))
+        for seed, method in product(seeds, methods)
+    ],
     train=train,
     rows=ROWS,
     draw=draw,

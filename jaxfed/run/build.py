@@ -35,11 +35,13 @@ class Built(NamedTuple):
     Attributes:
         simulation: The algorithm on the training rows.
         test: The rows for evaluation; the training rows themselves where ``data.test_fraction`` is 0.
+        valid: The rows by which a run stops and keeps its best model; None without ``data.valid_fraction``.
         digest: Identifies the data.
     """
 
     simulation: Simulation
     test: FederatedData
+    valid: FederatedData | None
     digest: str
 
 
@@ -52,8 +54,8 @@ def build(config: RunConfig) -> Built:
     whole = data(config)
     # The model sees the rows before the split: a label may be in the test rows alone.
     made = algorithm(config, model(config, whole))
-    train, test = split(config, whole)
-    return Built(simulation(config, made, train), test, digest_of_data(whole))
+    train, test, valid = split(config, whole)
+    return Built(simulation(config, made, train), test, valid, digest_of_data(whole))
 
 
 def resolved(config: RunConfig) -> RunConfig:
@@ -89,20 +91,27 @@ def data(config: RunConfig) -> FederatedData:
         raise type(error)(_of_partition(str(error), chosen)) from error
 
 
-def split(config: RunConfig, whole: FederatedData) -> tuple[FederatedData, FederatedData]:
-    """Training and test rows of every client.
+def split(config: RunConfig, whole: FederatedData) -> tuple[FederatedData, FederatedData, FederatedData | None]:
+    """Training, test and validation rows of every client; the test rows do not depend on whether there are validation rows.
 
     Raises:
         ValueError: If no client has a row to spare.
     """
-    fraction = config.data.test_fraction
-    if not fraction:
-        return whole, whole
-    train, test = whole.split(fraction, seed=config.run.seed)
-    if test.num_examples == 0:
-        remedy = "Deal them to fewer clients, or set 0 to evaluate on the training rows."
-        raise ValueError(f"data.test_fraction: every client has one row, which leaves none for testing. {remedy}")
-    return train, test
+    section, seed, train, test, valid = config.data, config.run.seed, whole, None, None
+    if section.test_fraction:
+        train, test = train.split(section.test_fraction, seed=seed)
+        if test.num_examples == 0:
+            remedy = "Deal them to fewer clients, or set 0 to evaluate on the training rows."
+            raise ValueError(f"data.test_fraction: every client has one row, which leaves none for testing. {remedy}")
+    if section.valid_fraction:
+        # Another stream than that of the test rows.
+        train, valid = train.split(section.valid_fraction, seed=(seed + 2**31) % 2**32)
+        if valid.num_examples == 0:
+            remedy = "Deal rows to fewer clients, or leave it out to watch the test rows."
+            raise ValueError(
+                f"data.valid_fraction: every client has one training row, which leaves none to validate on. {remedy}"
+            )
+    return train, train if test is None else test, valid
 
 
 def model(config: RunConfig, whole: FederatedData) -> Model:

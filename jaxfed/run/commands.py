@@ -154,7 +154,7 @@ class Evaluate:
     """The best model by run.best or run.stop, instead of the newest."""
     clients: bool = False
     """Show a table of all clients and write it as a CSV file."""
-    split: Literal["test", "train"] = "test"
+    split: Literal["test", "train", "valid"] = "test"
     """Which rows to evaluate on."""
 
     def __call__(self) -> int:
@@ -162,7 +162,9 @@ class Evaluate:
         use_compilation_cache()
         make_devices(RunFolder.open(self.run_dir).config.simulation.devices)
         folder, built, state = _chosen(self.run_dir, self.best)
-        data = built.test if self.split == "test" else built.simulation.data
+        data = {"test": built.test, "train": built.simulation.data, "valid": built.valid}[self.split]
+        if data is None:
+            raise ValueError("--split valid: the run has no validation rows. One with  --set data.valid_fraction=0.2  has.")
         evaluation = built.simulation.evaluate_in_use(state, data)
         console = Console()
         if self.clients:
@@ -279,7 +281,9 @@ def _train(run: Run) -> int:
         console.print(f"The run {run.early_end}.")
     console.print(show.results(evaluation, f"After {run.done} rounds, on the {rows} rows"))
     if (best := run.watch.best) is not None and best.round is not None:
-        console.print(f"Best {best.metric} {show.number(best.value)} after round {best.round}:  jaxfed evaluate {path} --best")
+        rows = "" if run.built.valid is None else " on the validation rows"
+        value = f"{best.metric} {show.number(best.value)}{rows}"
+        console.print(f"Best {value} after round {best.round}:  jaxfed evaluate {path} --best")
     console.print(f"Picture: {_short(picture)}\nHistory, checkpoints, results by client: {path}")
     return 0
 
@@ -312,6 +316,8 @@ def _introduction(run: Run) -> str:
     rows = f"{simulation.data.num_examples} rows"
     if test is not simulation.data:
         rows = f"{simulation.data.num_examples} training and {test.num_examples} test rows"
+    if run.built.valid is not None:
+        rows += f", {run.built.valid.num_examples} more for validation"
     return f"{simulation.data.num_clients} clients with {rows}; {simulation.cohort_size} clients in each round"
 
 

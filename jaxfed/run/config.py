@@ -42,7 +42,7 @@ class RunSection(Section, path="run"):
         seed: Decides every draw of the run; also of the data and the partition where these have no seed of their own.
         eval_every: Evaluate every so many rounds, and after the last; 0 only at the very end.
         checkpoint_every: Write a checkpoint every so many rounds, and after the last; by default at every evaluation.
-        stop: When to stop early.
+        stop: When to stop early. What is reported of the test rows is honest if it watches others: ``data.valid_fraction``.
         best: By which evaluated metric the best model is kept among the checkpoints; by default that of ``stop``, if given.
         out: The run's folder; ``runs/`` and the name of the config file unless given.
     """
@@ -76,6 +76,8 @@ class DataSection(Section, path="data"):
         name: One of ``jaxfed list datasets``.
         partition: How examples are dealt over clients, where the data set does not bring its clients.
         test_fraction: The share of every client's rows that is kept for evaluation; 0 evaluates on the training rows.
+        valid_fraction: The share of every client's training rows that is left aside for validation: ``run.stop`` and
+            ``run.best`` watch those, and the test rows are only reported. Without it they choose by the test rows themselves.
         label_key: The array that the partition reads.
         options: Options of the data set.
     """
@@ -83,6 +85,7 @@ class DataSection(Section, path="data"):
     name: str = key(string)
     partition: PartitionSection | None = subsection(PartitionSection, default=None)
     test_fraction: float = key(fraction, default=0.2)
+    valid_fraction: float | None = key(optional(fraction), default=None)
     label_key: str = key(string, default="y")
     options: dict[str, Any] = key(free, default=None)
 

@@ -10,16 +10,20 @@ from typing import Any, Self
 import numpy as np
 
 from jaxfed import files
-from jaxfed.reports import RoundReport
+from jaxfed.reports import Evaluation, RoundReport
 
 DECILES = tuple(range(10, 100, 10))
 Row = dict[str, Any]
 
 
-def row_of(report: RoundReport) -> Row:
+def row_of(report: RoundReport, valid: Evaluation | None = None) -> Row:
     """A round as plain data: :meth:`RoundReport.row`, and where it was evaluated the deciles over clients of each metric.
 
     Numbers that are not finite become None, which JSON has and NaN it has not.
+
+    Args:
+        report: The round.
+        valid: The new model's evaluation on the validation rows, whose metrics begin with ``valid_``.
 
     Example:
         >>> metrics = {"examples": np.ones(2), "steps": np.ones(2), "loss": np.array([1.0, np.nan])}
@@ -29,7 +33,8 @@ def row_of(report: RoundReport) -> Row:
     """
     evaluation = report.evaluation
     deciles = {} if evaluation is None else {f"eval_{k}_deciles": _deciles(x) for k, x in evaluation.by_client.items()}
-    return _finite(report.row() | deciles)
+    validated = {} if valid is None else {f"valid_{name}": value for name, value in valid.row().items()}
+    return _finite(report.row() | deciles | validated)
 
 
 def line_of(row: Row) -> str:

@@ -153,6 +153,10 @@ def _refuse_watching(config: RunConfig) -> None:
         if getattr(config.run, name) is not None:
             reason = "A sweep trains its settings side by side to the same round, and keeps their histories only. Leave it out."
             raise ValueError(f"run.{name}: expected none for a sweep. {reason}")
+    if config.data.valid_fraction:
+        raise ValueError(
+            "data.valid_fraction: expected none for a sweep, which has nothing that watches validation rows. Leave it out."
+        )
 
 
 def _number(text: str) -> float | int:

@@ -82,7 +82,7 @@ class Run:
 
     def __init__(self, folder: RunFolder, built: build.Built, state: RunState, records: Records | None, rows: Iterable[Row] = ()):
         self.folder, self.built, self.state = folder, built, state
-        self.watch = Watch(folder.config.run)
+        self.watch = Watch.of(folder.config)
         self.watch.see(rows)
         # None in all processes of a run but the one that writes.
         self._records = records
@@ -197,7 +197,7 @@ class Run:
         # Clock times have a file of their own: the history is the same bytes in every repetition.
         begin = time.perf_counter()
         for state, reports in chunks:
-            rows = [row_of(report) for report in reports]
+            rows = [*map(row_of, reports[:-1]), row_of(reports[-1], self._validated(state, reports[-1]))]
             # Records first: a checkpoint must never know of rounds that the history lacks.
             if self._records is not None:
                 self._records.append(reports, rows)
@@ -212,6 +212,12 @@ class Run:
             if stopped:
                 return
             begin = time.perf_counter()
+
+    def _validated(self, state: RunState, report: RoundReport) -> Evaluation | None:
+        """The new model on the validation rows, wherever the test rows were evaluated; they are so at the end of a call only."""
+        if self.built.valid is None or report.evaluation is None:
+            return None
+        return self.built.simulation.evaluate_in_use(state, self.built.valid)
 
     def _decide(self, rows: list[Row]) -> tuple[bool, bool]:
         """Whether the best model is the present one, and whether to stop. All processes must agree, as they save together."""

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from run.test_training import complete, start, stop_after
 
+from jaxfed.run import build
 from jaxfed.run.cli import main
 from jaxfed.run.client_curves import read_client_curves
 from jaxfed.run.history import read_history
 from jaxfed.run.sweeping import SweepRun
 from jaxfed.run.training import Run, RunConfig, load, load_best
+from jaxfed.stopping import EarlyStopping
 
 STOP = {"metric": "loss", "patience": 2, "tolerance": 0.001}
 FILES = ("history.jsonl", "client_curves.npy", "clients.csv", "result.json")
@@ -194,3 +196,112 @@ def test_the_command_says_why_it_stopped_and_takes_the_best(stopping, tmp_path, 
     )
     assert main(["evaluate", other, "--best"]) == 2
     assert "has kept no best model: it was not asked to. A run with  --set run.best=accuracy  does." in capsys.readouterr().err
+
+
+# ---- validation rows
+
+
+@pytest.fixture
+def validated(stopping):
+    """The table of a run that stops by validation rows."""
+    stopping["data"]["valid_fraction"] = 0.25
+    return stopping
+
+
+def test_validation_rows_are_of_the_training_rows_alone(table):
+    table["data"]["valid_fraction"] = 0.25
+    built, before = (build.build(RunConfig.from_dict(table | {"data": data})) for data in (table["data"], without(table)))
+    train, valid, test = built.simulation.data, built.valid, built.test
+    np.testing.assert_array_equal(test.arrays["x"], before.test.arrays["x"])
+    assert before.valid is None
+    assert built.digest == before.digest
+    # Of 8 rows 2 are for testing, and of the 6 others floor(0.75 * 6) = 4 stay for training.
+    assert [data.sizes.tolist() for data in (train, valid, test)] == [[4] * 5, [2] * 5, [2] * 5]
+    for client in range(5):
+        rest = before.simulation.data.client(client)["x"]
+        parted = np.concatenate([train.client(client)["x"], valid.client(client)["x"]])
+        np.testing.assert_array_equal(np.sort(parted, axis=0), np.sort(rest, axis=0))
+
+
+def without(table):
+    return {key: value for key, value in table["data"].items() if key != "valid_fraction"}
+
+
+def test_without_test_rows_training_rows_are_evaluated_and_others_watched(table):
+    table["data"] |= {"test_fraction": 0, "valid_fraction": 0.25}
+    built = build.build(RunConfig.from_dict(table))
+    assert built.test is built.simulation.data
+    assert (built.test.num_examples, built.valid.num_examples) == (30, 10)
+
+
+def test_a_run_stops_by_its_validation_rows_and_reports_its_test_rows(validated, tmp_path):
+    """By hand from a run of the same config that never stops: the rule over the validation losses says when and what."""
+    run = {key: value for key, value in validated["run"].items() if key != "stop"}
+    whole = complete(start(validated | {"run": run}, tmp_path / "whole"))
+    lines = (whole / "history.jsonl").read_text().splitlines(keepends=True)
+    losses = {row["round"]: row["valid_loss"] for row in map(json.loads, lines) if "valid_loss" in row}
+    assert list(losses) == list(range(2, 31, 2))
+    last = EarlyStopping("loss", patience=2, tolerance=0.001)
+    end = next(round for round, loss in losses.items() if last.observe(round, loss))
+    path = complete(start(validated))
+    assert (path / "history.jsonl").read_text() == "".join(lines[:end])
+    result = json.loads((path / "result.json").read_text())
+    assert (result["rounds"], result["early_end"][:19]) == (end, f"stopped after round {end}"[:19])
+    assert result["best"] == {"round": last.best.round, "metric": "loss", "value": last.best.value, "rows": "validation"}
+    _, built, state = load_best(path)
+    assert built.simulation.evaluate(state, built.valid).metrics["loss"] == last.best.value
+    assert result["loss"] == json.loads(lines[end - 1])["eval_loss"] != losses[end]
+
+
+def test_the_test_rows_have_no_say(validated, tmp_path):
+    """With other labels on the test rows alone, a run stops at the same round with the same weights."""
+    first = complete(start(validated, tmp_path / "first"))
+    config = RunConfig.from_dict(validated | {"run": validated["run"] | {"out": str(tmp_path / "second")}})
+    with Run.start(config) as run:
+        wrong = run.built.test.map(lambda rows: rows | {"y": 2 - rows["y"]})
+        run.built = run.built._replace(test=wrong)
+        list(run.train())
+        run.finish()
+    assert weights(load_best(tmp_path / "second")[2]) == weights(load_best(first)[2])
+    one, other = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("first", "second"))
+    assert (one["rounds"], one["best"]) == (other["rounds"], other["best"])
+    assert one["loss"] != other["loss"]
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_a_resumed_run_stops_by_the_same_validation_rows(validated, tmp_path, calls):
+    never = complete(start(validated, tmp_path / "never"))
+    path = complete(Run.resume(stop_after(start(validated), calls)))
+    assert all((path / name).read_bytes() == (never / name).read_bytes() for name in FILES)
+
+
+def test_validation_rows_that_cannot_be_are_refused(table, tmp_path):
+    table["data"] |= {"test_fraction": 0.8, "valid_fraction": 0.5}
+    with pytest.raises(ValueError, match=r"data\.valid_fraction: every client has one training row, which leaves none to valid"):
+        start(table)
+    table["data"] |= {"test_fraction": 0.25, "valid_fraction": 1}
+    with pytest.raises(ValueError, match=r"data\.valid_fraction: expected a finite number at least 0 and below 1, got 1"):
+        start(table)
+    table["data"]["valid_fraction"] = 0.25
+    with pytest.raises(ValueError, match=r"data\.valid_fraction: expected none for a sweep"):
+        SweepRun.start(RunConfig.from_dict(table), ["seed=0:2"], tmp_path / "sweep")
+
+
+def test_the_command_evaluates_on_validation_rows(validated, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("jaxfed.run.commands.use_compilation_cache", lambda: None)
+    monkeypatch.setenv("COLUMNS", "300")
+    (tmp_path / "run.toml").write_text(RunConfig.from_dict(validated).to_toml())
+    assert main(["run", str(tmp_path / "run.toml")]) == 0
+    said = capsys.readouterr().out
+    assert "20 training and 10 test rows, 10 more for validation" in said
+    best = json.loads((tmp_path / "run" / "result.json").read_text())["best"]
+    assert f"Best loss {best['value']:.4g} on the validation rows after round {best['round']}" in said
+    assert main(["evaluate", str(tmp_path / "run"), "--best", "--split", "valid"]) == 0
+    said = capsys.readouterr().out
+    assert f"After {best['round']} rounds, on the valid rows" in said
+    assert f"{best['value']:.4g}" in said
+    other = str(tmp_path / "other")
+    settings = ("data.valid_fraction=none", "run.rounds=2", f"run.out={other}")
+    assert main(["run", str(tmp_path / "run.toml"), *(word for one in settings for word in ("--set", one))]) == 0
+    assert main(["evaluate", other, "--split", "valid"]) == 2
+    assert "--split valid: the run has no validation rows." in capsys.readouterr().err
