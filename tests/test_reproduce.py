@@ -84,6 +84,8 @@ def test_a_row_counts_the_seeds_that_it_names(load):
     assert [rule.holds(row.values(results), None) for row in (everything, fresh)] == [False, True]
     gap = federation.differences(("a", "here"), ("b", "here"), "accuracy")
     assert federation.Row("a - b", "here", "accuracy", None, "a paper", rule, "", gap, (6,)).values(results) == [0.0]
+    # As long as some are missing it does not count at all: whoever stops early would choose.
+    assert federation.Row("a", "here", "accuracy", None, "a paper", rule, seeds=(5, 6, 7)).values(results) == []
 
 
 # ---- the table

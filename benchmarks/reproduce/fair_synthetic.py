@@ -23,8 +23,8 @@ LEVELS, SETTING = (0.0, 0.5, 1.0, 2.0), "synthetic(1,1), 100 clients"
 SEEDS, FRESH = (0, 1, 2), (100, 101, 102, 103, 104)
 PAPER = "Li et al. 2020 (q-FFL): falls in q"
 SLOW = (
-    "2000 rounds are too few: on seed 0 they leave q = 2 a variance of 667, a mean of 0.656 and an objective of 0.630; 6000 rounds "
-    "450, 0.694 and 0.457 (after 2000 rounds q = 1 has 609 and q = 0 a mean of 0.642)."
+    "2000 rounds are too few: on seed 0 they leave q = 2 a variance of 667, a mean of 0.656 and an objective of 0.630; 6000 "
+    "rounds 450, 0.694 and 0.457 (after 2000 rounds q = 1 has 609 and q = 0 a mean of 0.642)."
 )
 ACCURACY, VARIANCE = "accuracy by client", "accuracy variance"
 

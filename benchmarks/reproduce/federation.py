@@ -124,12 +124,11 @@ class Row:
     seeds: Collection[int] | None = None
 
     def values(self, results: Results) -> list[float]:
-        """Ours, one for each seed."""
+        """Ours, one for each seed; none as long as one of the seeds that it names has not been run."""
         if self.seeds is not None:
             results = results.of(self.seeds)
-        if self.ours is not None:
-            return list(self.ours(results))
-        return list(results.by_seed(self.method, self.setting, self.metric).values())
+        found = results.by_seed(self.method, self.setting, self.metric).values() if self.ours is None else self.ours(results)
+        return list(found) if self.seeds is None or len(found) == len(self.seeds) else []
 
 
 def differences(one: Run | tuple[str, str], other: Run | tuple[str, str], metric: str) -> Ours:

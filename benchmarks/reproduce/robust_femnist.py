@@ -19,7 +19,7 @@ from jaxfed.data import FederatedData
 from jaxfed.models.reference import logistic_regression
 
 from .data import arrays
-from .federation import Federation, Numbers, Ours, Results, Row, Run, every_seed_at_least, every_seed_at_most
+from .federation import Federation, Numbers, Ours, Results, Row, Rule, Run, every_seed_at_least, every_seed_at_most
 from .training import curve, trained
 
 FILES = ("femnist_leaf/femnist_leaf155.npz",)
@@ -121,12 +121,18 @@ LITTLE = (
 
 def breaks(rule: str, where: str, source: str, remark: str = "") -> Row:
     """A rule that does not withstand an attack."""
-    return Row(f"{rule}: calm - attacked", where, "accuracy", None, source, every_seed_at_least(0.15), remark, lost(rule, where))
+    return loss_of(rule, where, source, every_seed_at_least(0.15), remark)
 
 
 def withstands(rule: str, where: str, source: str, remark: str = "") -> Row:
     """A rule that does."""
-    return Row(f"{rule}: calm - attacked", where, "accuracy", None, source, every_seed_at_most(0.1), remark, lost(rule, where))
+    return loss_of(rule, where, source, every_seed_at_most(0.1), remark)
+
+
+def loss_of(rule: str, where: str, source: str, bound: Rule, remark: str) -> Row:
+    """What an attack takes from a rule, on the seeds of its setting."""
+    seeds, name = FRESH if where in ANEW else SEEDS, f"{rule}: calm - attacked"
+    return Row(name, where, "accuracy", None, source, bound, remark, lost(rule, where), seeds)
 
 
 SOURCES = {
