@@ -89,6 +89,12 @@ def against(method: str, metric: str, setting: str, rule: Rule, remark: str, see
 
 LATER = "Not counted as holding: chosen after the first setting, in which AFL's worst accuracy was 0.06 below FedAvg's."
 FIVE = "Five divisions of the same people, none of which had been run when the rule was fixed."
+ONE = "One of the five divisions fails: of its 198 doctorates {} more are wrong, and {}. No other reason was looked for."
+FAILING = {
+    ("afl", "worst accuracy"): ONE.format(9, "the four others gain 0.005 to 0.061"),
+    ("qfedavg q=5", "worst accuracy"): ONE.format(11, "the four others gain 0.005 to 0.056"),
+    ("qfedavg q=5", "gap"): ONE.format(11, "the four others shrink the gap by 0.020 to 0.065"),
+}
 CLAIMS = {
     ("afl", "worst training loss"): every_seed_at_most(0),
     ("afl", "worst accuracy"): every_seed_at_least(0),
@@ -98,7 +104,7 @@ CLAIMS = {
 }
 ROWS = [
     *(against(*claim, SETTING, SHOWN, LATER) for claim in CLAIMS),
-    *(against(*claim, ANEW, rule, FIVE, FRESH) for claim, rule in CLAIMS.items()),
+    *(against(*claim, ANEW, rule, f"{FIVE} {FAILING.get(claim, '')}".rstrip(), FRESH) for claim, rule in CLAIMS.items()),
 ]
 
 
