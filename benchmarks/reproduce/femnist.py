@@ -109,6 +109,7 @@ def draw(figure: Any, results: Results) -> None:
         label = "published, other writers" if place == 0 else None
         final.plot([place], [PUBLISHED[method]], label=label, **pictures.REFERENCE)
     final.set_xticks(range(len(METHODS)), METHODS, rotation=30)
+    final.set_xlim(-0.5, len(METHODS) - 0.5)
     way.set_xlabel("round")
     for panel in (way, final):
         panel.legend(frameon=False, loc="lower right")
