@@ -85,7 +85,8 @@ def gain(method: str, rule: Rule, remark: str = "") -> Row:
 GUIDE = "FederatedScope's guide"
 OTHERS = "Published for other writers, 300 rounds and 2048 units."
 BEST = round(PUBLISHED["pfedme"] - PUBLISHED["fedavg"], 4)
-# Written before any of these runs, but for FedBN's remark: a published gain of more than a point has to be one here, a smaller one a gain.
+# Written before any of these runs, but for FedBN's remark: a published gain of more than a point has to be one here, a smaller
+# one a gain.
 ROWS = [
     *(Row(m, SETTING, "accuracy", x, GUIDE, SHOWN, OTHERS) for m, x in PUBLISHED.items()),
     Row("best personal - fedavg", SETTING, "accuracy", BEST, GUIDE, at_least(0.01), "Of those that have been run.", best_gain),
