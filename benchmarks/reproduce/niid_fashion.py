@@ -91,7 +91,7 @@ def draw(figure: Any, results: Results) -> None:
             panel.axhline(PUBLISHED[method], color=color, linestyle=":", linewidth=1)
     panel.set_xlabel("round (dotted: published, after 50 rounds)")
     panel.xaxis.get_major_locator().set_params(integer=True)
-    panel.legend(frameon=False, loc="lower right")
+    panel.legend(frameon=False, loc="center right")
     pictures.grid(panel, percent=True)
 
 

@@ -106,16 +106,17 @@ FEW = "Published after 1000 rounds on the last character of every window, with r
 ONCE = "One epoch a round, not the script's three."
 
 
-def beyond(context: int) -> Row:
+def beyond(context: int, remark: str = "") -> Row:
     """FedAvg above the counts of as many characters."""
-    return Row("fedavg", SETTING, "accuracy", FLOORS[context], f"counts of the last {context}", at_least(FLOORS[context]))
+    floor = FLOORS[context]
+    return Row("fedavg", SETTING, "accuracy", floor, f"counts, context {context}", at_least(floor), remark)
 
 
-# Written before any of these runs.
+# Written before any of these runs, but for remarks.
 ROWS = [
     *(Row(m, SETTING, "accuracy", x, GUIDE, SHOWN, f"{FEW} {ONCE}" if m == "ditto" else FEW) for m, x in PUBLISHED.items()),
     beyond(1),
-    beyond(2),
+    beyond(2, "Not looked into further; it still gained 2.8 points in the last ten rounds."),
     *(Row(m, SETTING, "accuracy", FLOORS[n], "all roles of another edition", SHOWN) for m, n in COUNTS.items()),
 ]
 
