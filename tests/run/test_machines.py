@@ -22,12 +22,12 @@ import os, signal, sys
 from jaxfed.run import cli, training
 whole, kind = training.row_of, sys.argv[2]
 
-def row_of(report):
+def row_of(report, *rest):
     if report.round == int(sys.argv[1]) + 1:
         if int(sys.argv[1]) == 0:
             raise OSError(28, "No space left on device")
         os.kill(os.getpid(), signal.Signals[kind])
-    return whole(report)
+    return whole(report, *rest)
 
 training.row_of = row_of
 sys.exit(cli.main(sys.argv[3:]))
