@@ -38,9 +38,10 @@ class Rounds:
         """Runs them; ``chunk`` and ``lanes`` that have not been seen are compiled first."""
         shape = tuple(options.values())
         if shape not in self._programs:
-            self._programs[shape] = program = rounds_program(*arguments, **options)
+            program = rounds_program(*arguments, **options)
             program.lower(*arguments, **options).compile()
             _give_back_memory()
+            self._programs[shape] = program
         return self._programs[shape](*arguments, **options)
 
 

@@ -173,11 +173,16 @@ def test_a_sweep_neither_stops_nor_keeps_a_best_model(table, tmp_path):
         SweepRun.start(RunConfig.from_dict(table), ["seed=0:2"], tmp_path / "sweep")
 
 
-def test_the_command_says_why_it_stopped_and_takes_the_best(stopping, tmp_path, capsys, monkeypatch):
+def run_by_command(table, tmp_path, monkeypatch):
+    """Trains with no compilation cache, and lines wide enough for whole sentences."""
     monkeypatch.setattr("jaxfed.run.commands.use_compilation_cache", lambda: None)
     monkeypatch.setenv("COLUMNS", "300")
-    (tmp_path / "run.toml").write_text(RunConfig.from_dict(stopping).to_toml())
+    (tmp_path / "run.toml").write_text(RunConfig.from_dict(table).to_toml())
     assert main(["run", str(tmp_path / "run.toml")]) == 0
+
+
+def test_the_command_says_why_it_stopped_and_takes_the_best(stopping, tmp_path, capsys, monkeypatch):
+    run_by_command(stopping, tmp_path, monkeypatch)
     said = capsys.readouterr().out
     assert "The run stopped after round 12 of 30, as loss has not improved by more than 0.001 for 2 evaluations." in said
     best = next(row for row in read_history(tmp_path / "run" / "history.jsonl") if row["round"] == 8)
@@ -288,10 +293,7 @@ def test_validation_rows_that_cannot_be_are_refused(table, tmp_path):
 
 
 def test_the_command_evaluates_on_validation_rows(validated, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("jaxfed.run.commands.use_compilation_cache", lambda: None)
-    monkeypatch.setenv("COLUMNS", "300")
-    (tmp_path / "run.toml").write_text(RunConfig.from_dict(validated).to_toml())
-    assert main(["run", str(tmp_path / "run.toml")]) == 0
+    run_by_command(validated, tmp_path, monkeypatch)
     said = capsys.readouterr().out
     assert "20 training and 10 test rows, 10 more for validation" in said
     best = json.loads((tmp_path / "run" / "result.json").read_text())["best"]
