@@ -17,7 +17,7 @@ class LoopWork(NamedTuple):
     """What one pass through the innermost loops of a program does, a ``scan`` within counted as often as it runs.
 
     Attributes:
-        flops: Floating-point operations of its matrix products; a multiplication with an addition counts as two.
+        flops: Floating-point operations of its matrix products and convolutions; a multiplication with an addition counts as two.
         curved: Numbers that pass through a function such as ``exp``, ``tanh`` or ``sqrt``.
     """
 
@@ -51,7 +51,7 @@ def loop_work(program: core.Jaxpr, depth: int) -> LoopWork:
     for eqn in program.eqns:
         name = eqn.primitive.name
         if depth <= 0:
-            flops += _product_flops(eqn) if name == "dot_general" else 0.0
+            flops += _FLOPS[name](eqn) if name in _FLOPS else 0.0
             curved += _size(eqn) if name in _COSTLY else 0
         # A loop over clients or steps runs as often as the data say; of a scan the program knows it.
         times = eqn.params["length"] if name == "scan" and depth <= 1 else 1
@@ -64,6 +64,14 @@ def loop_work(program: core.Jaxpr, depth: int) -> LoopWork:
 def _product_flops(eqn: Any) -> float:
     (contracted, _), _ = eqn.params["dimension_numbers"]
     return 2.0 * _size(eqn) * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted)
+
+
+def _convolution_flops(eqn: Any) -> float:
+    kernel = eqn.invars[1].aval
+    return 2.0 * _size(eqn) * kernel.size / kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+
+
+_FLOPS = {"dot_general": _product_flops, "conv_general_dilated": _convolution_flops}
 
 
 def _size(eqn: Any) -> int:

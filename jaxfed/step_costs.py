@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxfed import trees
@@ -88,6 +89,8 @@ def _step_inputs(client: LocalTraining, start: Broadcast, kept: Any, rows: Clien
 
 
 def _local_step(client: LocalTraining, start: Broadcast, params: Any, optimizer: Any, batch: Any, key: jax.Array) -> Any:
+    # Of a full batch: where rows are missing, some layers do less, by loops whose length is not known here.
+    batch = batch | {"mask": np.ones(batch["mask"].shape, bool)}
     rule = client.gradient.start_round(_anchor(start, key))
     loss, stats, gradient = rule(client.loss, params, start.stats, batch, key)
     updates, optimizer = client.optimizer.update(gradient, optimizer, params)

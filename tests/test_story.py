@@ -21,8 +21,8 @@ STORY = """
     engine.rounds engine.compilation engine.evaluation
     algorithms algorithms_corrected algorithms_personal
     files data.stored data.federated data.partition data.datasets data
-    models.layers models.recurrent models.advice models.losses models.survival models.functions models.adapters models.rnn
-    models.reference models
+    models.windows models.image_loops models.layers models.recurrent models.advice models.losses models.survival
+    models.functions models.adapters models.rnn models.reference models
     reports stopping placement paging lane_choice simulation differentiable hyperparameters side_by_side sweep
     bottleneck costs step_costs profiling testing
     run.environment run.machines run.section run.config run.journal run.tables run.checkpoint run.history run.client_curves

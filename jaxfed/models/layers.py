@@ -27,6 +27,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxfed.models import image_loops
+from jaxfed.models.windows import Window
+
 Padding = str | Sequence[tuple[int, int]]
 
 
@@ -43,6 +46,8 @@ def conv_general_dilated(  # the arguments are those of jax.lax, in its order
     precision: Any = None,
     preferred_element_type: Any = None,
     out_sharding: Any = None,
+    *,
+    mask: jax.Array | None = None,
 ) -> jax.Array:
     """``jax.lax.conv_general_dilated`` without XLA's convolution: any number of spatial axes, any layout of axes.
 
@@ -61,6 +66,10 @@ def conv_general_dilated(  # the arguments are those of jax.lax, in its order
         precision: Of the matrix product.
         preferred_element_type: Dtype in which the product accumulates and which it returns.
         out_sharding: Only None.
+        mask: ``[B]`` which rows are there, None for all. The others may be left out, which saves their time on a CPU: they give
+            something finite that means nothing, and no gradient may come from them, as none comes from rows that a loss leaves
+            out. For Flax: ``nn.Conv(..., conv_general_dilated=partial(conv_general_dilated, mask=mask))``. With a mask a CPU has
+            no forward mode (``jax.jvp``).
 
     Returns:
         ``[B, *out, o]`` in Flax's layout.
@@ -81,10 +90,15 @@ def conv_general_dilated(  # the arguments are those of jax.lax, in its order
     x = lhs.transpose(_channels_last(layout.lhs_spec))
     kernel = rhs.transpose(*layout.rhs_spec[2:], layout.rhs_spec[1], layout.rhs_spec[0])
     _check_channels(x.shape[-1], kernel.shape, feature_group_count)
-    x = _pad(x, kernel.shape[:-2], window_strides, padding, (lhs_dilation, rhs_dilation), 0)
-    shifts = partial(_shifts, window=kernel.shape[:-2], strides=window_strides, dilation=rhs_dilation)
-    product = _product if feature_group_count == 1 else _depthwise if kernel.shape[-2] == 1 else _grouped
-    out = product(x, shifts, kernel, {"precision": precision, "preferred_element_type": preferred_element_type})
+    if mask is not None and mask.shape != x.shape[:1]:
+        raise ValueError(f"conv_general_dilated: expected a mask of shape {x.shape[:1]}, one entry a row, got {mask.shape}.")
+    window = Window.of(kernel.shape[:-2], window_strides, rhs_dilation)
+    x = _pad(x, window, padding, lhs_dilation, 0)
+    options = {"precision": precision, "preferred_element_type": preferred_element_type}
+    if feature_group_count == 1:
+        out = _product(x, window, kernel, options, mask)
+    else:
+        out = (_depthwise if kernel.shape[-2] == 1 else _grouped)(x, window, kernel, options)
     order = _channels_last(layout.out_spec)
     return out.transpose([order.index(axis) for axis in range(out.ndim)])
 
@@ -102,22 +116,25 @@ def _check_channels(channels: int, kernel: Sequence[int], groups: int) -> None:
         )
 
 
-Shifts = Callable[[jax.Array], list[jax.Array]]
 # Patches that fit a core's cache are written and read there: a training step of a small CNN takes 0.7 of the time that it takes
 # with the patches of a whole batch. Fewer at a time than the lower bound do not repay the loop.
 _CACHE = (2**16, 2**20)
 
 
-def _product(x: jax.Array, shifts: Shifts, kernel: jax.Array, options: dict) -> jax.Array:
-    one = jax.eval_shape(shifts, x[:1])
+def _product(x: jax.Array, window: Window, kernel: jax.Array, options: dict, mask: jax.Array | None) -> jax.Array:
+    one = jax.eval_shape(window.shifts, x[:1])
     size = sum(math.prod(shift.shape) for shift in one) * x.dtype.itemsize
     group = max((g for g in range(1, len(x) + 1) if len(x) % g == 0 and g * size <= _CACHE[1]), default=1)
     # Read at trace time: an accelerator wants one large product, and has no cache to keep.
     if jax.default_backend() != "cpu" or group == len(x) or group * size < _CACHE[0]:
-        return _patches_product(shifts(x), kernel, options)
+        return _patches_product(window.shifts(x), kernel, options)
+    plain = x.dtype == kernel.dtype == (options["preferred_element_type"] or x.dtype)
+    if plain and mask is not None and not _is_full(mask):
+        loop = image_loops.Loop(window, x.shape[1:-1], group, options["precision"])
+        return image_loops.convolve(loop, x, kernel, image_loops.present(mask))
 
     def some(images: jax.Array) -> jax.Array:
-        patches = jnp.concatenate(shifts(images), axis=-1)
+        patches = jnp.concatenate(window.shifts(images), axis=-1)
         weights = kernel.reshape(patches.shape[-1], -1)
         # As kernel^T patches^T, whose gradient by the kernel is the quicker of the two.
         out = lax.dot_general(weights, patches.reshape(-1, len(weights)), (((0,), (1,)), ((), ())), **options)
@@ -126,6 +143,11 @@ def _product(x: jax.Array, shifts: Shifts, kernel: jax.Array, options: dict) -> 
     # The backward loop makes the patches anew: that is quicker than to read those of the batch from memory.
     out = lax.map(jax.checkpoint(some, prevent_cse=False), x.reshape(-1, group, *x.shape[1:]))
     return out.reshape(len(x), *out.shape[2:])
+
+
+def _is_full(mask: Any) -> bool:
+    """Whether the mask is a NumPy array of the whole batch: then the program is traced as without."""
+    return not isinstance(mask, jax.Array) and bool(mask.all())
 
 
 def _patches_product(shifts: list[jax.Array], kernel: jax.Array, options: dict) -> jax.Array:
@@ -140,18 +162,18 @@ def _patches_product(shifts: list[jax.Array], kernel: jax.Array, options: dict) 
     return out.reshape(*patches.shape[:-1], -1)
 
 
-def _grouped(x: jax.Array, shifts: Shifts, kernel: jax.Array, options: dict) -> jax.Array:
+def _grouped(x: jax.Array, window: Window, kernel: jax.Array, options: dict) -> jax.Array:
     inner, outer = kernel.shape[-2:]
     groups = x.shape[-1] // inner
-    patches = jnp.stack([s.reshape(*s.shape[:-1], groups, inner) for s in shifts(x)], axis=-3)
+    patches = jnp.stack([s.reshape(*s.shape[:-1], groups, inner) for s in window.shifts(x)], axis=-3)
     weights = kernel.reshape(-1, inner, groups, outer // groups)
     out = jnp.einsum("...kgc,kcgo->...go", patches, weights, **options)
     return out.reshape(*out.shape[:-2], outer)
 
 
-def _depthwise(x: jax.Array, shifts: Shifts, kernel: jax.Array, options: dict) -> jax.Array:
+def _depthwise(x: jax.Array, window: Window, kernel: jax.Array, options: dict) -> jax.Array:
     """Every channel alone: a sum over the window is 2.5 times faster than batched 1 x 1 products."""
-    dtype, slices = options["preferred_element_type"], shifts(x)
+    dtype, slices = options["preferred_element_type"], window.shifts(x)
     weights = kernel.reshape(len(slices), *(1,) * (x.ndim - 1), x.shape[-1], -1)
     out = sum(s[..., None].astype(dtype or s.dtype) * w.astype(dtype or w.dtype) for s, w in zip(slices, weights))
     return jnp.reshape(out, (*slices[0].shape[:-1], -1))
@@ -184,7 +206,7 @@ def max_pool(
     dtype = inputs.dtype
     lowest = -jnp.inf if jnp.issubdtype(dtype, jnp.floating) else jnp.iinfo(dtype).min
     if tuple(window_shape) == tuple(strides or ()):
-        blocks = _blocks(_pad(inputs, window_shape, window_shape, padding, (None, None), lowest), window_shape)
+        blocks = _blocks(_pad(inputs, Window.of(window_shape, strides), padding, None, lowest), window_shape)
         return _block_max(tuple(range(blocks.ndim - 2 * len(window_shape), blocks.ndim - 1, 2)), blocks)
     # Maxima of strided slices and not a reduction: four times faster with JAX's own gradient on a CPU.
     return _pairwise(jnp.maximum, _windows(inputs, window_shape, strides, padding, lowest))
@@ -249,10 +271,9 @@ def avg_pool(
     return total / _pairwise(jnp.add, _windows(ones, window_shape, strides, padding, 0))
 
 
-def _windows(inputs: jax.Array, window: Sequence[int], strides: Sequence[int] | None, padding: Padding, fill: Any) -> list:
-    strides = strides or (1,) * len(window)
-    padded = _pad(inputs, window, strides, padding, (None, None), fill)
-    return _shifts(padded, window, strides, None)
+def _windows(inputs: jax.Array, shape: Sequence[int], strides: Sequence[int] | None, padding: Padding, fill: Any) -> list:
+    window = Window.of(shape, strides)
+    return window.shifts(_pad(inputs, window, padding, None, fill))
 
 
 def _pairwise(combine: Callable, values: list[jax.Array]) -> jax.Array:
@@ -263,48 +284,19 @@ def _pairwise(combine: Callable, values: list[jax.Array]) -> jax.Array:
     return combine(_pairwise(combine, values[:half]), _pairwise(combine, values[half:]))
 
 
-def _pad(
-    x: jax.Array,
-    window: Sequence[int],
-    strides: Sequence[int],
-    padding: Padding,
-    dilations: tuple[Sequence[int] | None, Sequence[int] | None],
-    fill: Any,
-) -> jax.Array:
+def _pad(x: jax.Array, window: Window, padding: Padding, dilation: Sequence[int] | None, fill: Any) -> jax.Array:
     """Pads (or crops) and dilates the spatial axes, which are the last but one and those before it."""
-    rank = len(window)
-    stretch, spread = (d or (1,) * rank for d in dilations)
-    if not rank == len(strides) == len(stretch) == len(spread) or x.ndim <= rank:
+    rank = len(window.shape)
+    stretch = dilation or (1,) * rank
+    if not rank == len(window.strides) == len(stretch) == len(window.dilation) or x.ndim <= rank:
         raise ValueError(
-            f"A window of shape {tuple(window)} needs {rank} spatial axes with one stride and dilation each, "
-            f"got inputs {x.shape}, strides {tuple(strides)}, dilations {tuple(stretch)} and {tuple(spread)}."
+            f"A window of shape {window.shape} needs {rank} spatial axes with one stride and dilation each, "
+            f"got inputs {x.shape}, strides {window.strides}, dilations {tuple(stretch)} and {window.dilation}."
         )
     if isinstance(padding, str):
         if any(d != 1 for d in stretch):
             raise ValueError(f"padding={padding!r} has no meaning with an input dilation; give (low, high) pairs.")
-        padding = lax.padtype_to_pads(x.shape[-1 - rank : -1], _reach(window, spread), strides, padding)
+        padding = lax.padtype_to_pads(x.shape[-1 - rank : -1], window.reach, window.strides, padding)
     # lax.pad takes negative widths, which crop as they do in XLA's convolution, and spreads the entries for an input dilation.
     space = [(low, high, d - 1) for (low, high), d in zip(padding, stretch, strict=True)]
     return lax.pad(x, jnp.asarray(fill, x.dtype), [(0, 0, 0)] * (x.ndim - rank - 1) + space + [(0, 0, 0)])
-
-
-def _reach(window: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    return [(size - 1) * d + 1 for size, d in zip(window, dilation)]
-
-
-def _shifts(x: jax.Array, window: Sequence[int], strides: Sequence[int], dilation: Sequence[int] | None) -> list[jax.Array]:
-    """For each offset in the window the slice ``[..., *out, c]`` of entries that the offset meets, in row-major order."""
-    dilation = dilation or (1,) * len(window)
-    lead, space = x.shape[: -1 - len(window)], x.shape[-1 - len(window) : -1]
-    reach = _reach(window, dilation)
-    if any(r > size for r, size in zip(reach, space)):
-        raise ValueError(f"A window that reaches over {tuple(reach)} does not fit into inputs of {space} after padding.")
-    spans = [(size - r) // stride * stride + 1 for size, r, stride in zip(space, reach, strides)]
-
-    def shifted(*offset: int) -> jax.Array:
-        start = [o * d for o, d in zip(offset, dilation)]
-        stop = [s + span for s, span in zip(start, spans)]
-        ones = (1,) * len(lead)
-        return lax.slice(x, [*(0 for _ in lead), *start, 0], [*lead, *stop, x.shape[-1]], [*ones, *strides, 1])
-
-    return list(itertools.starmap(shifted, itertools.product(*map(range, window))))

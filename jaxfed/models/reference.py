@@ -31,7 +31,11 @@ from jaxfed.models.adapters import from_linen
 from jaxfed.models.functions import row_shapes
 
 _Dense = partial(nn.Dense, kernel_init=nn.initializers.glorot_uniform())
-_Conv = partial(nn.Conv, kernel_init=nn.initializers.glorot_uniform(), conv_general_dilated=layers.conv_general_dilated)
+
+
+def _conv(channels: int, window: tuple[int, int], mask: jax.Array | None, **options: Any) -> nn.Conv:
+    convolution = partial(layers.conv_general_dilated, mask=mask)
+    return nn.Conv(channels, window, kernel_init=nn.initializers.glorot_uniform(), conv_general_dilated=convolution, **options)
 
 
 class LogisticRegression(nn.Module):
@@ -67,11 +71,11 @@ class EmnistCNN(nn.Module):
     dropout: tuple[float, float] = (0.25, 0.5)
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> jax.Array:
         """Logits ``[B, classes]``."""
         x = _image(x)
         for channels in (32, 64):
-            x = nn.relu(_Conv(channels, (3, 3), padding="VALID")(x))
+            x = nn.relu(_conv(channels, (3, 3), mask, padding="VALID")(x))
         x = _flat(layers.max_pool(x, (2, 2), (2, 2)))
         x = nn.Dropout(self.dropout[0], deterministic=not train)(x)
         x = nn.relu(_Dense(128)(x))
@@ -85,11 +89,11 @@ class MnistCNN(nn.Module):
     classes: int = 10
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Logits ``[B, classes]``."""
         x = _image(x)
         for channels in (32, 64):
-            x = layers.max_pool(nn.relu(_Conv(channels, (5, 5))(x)), (2, 2), (2, 2))
+            x = layers.max_pool(nn.relu(_conv(channels, (5, 5), mask)(x)), (2, 2), (2, 2))
         return _Dense(self.classes)(nn.relu(_Dense(512)(_flat(x))))
 
 
@@ -99,11 +103,11 @@ class LeNet(nn.Module):
     classes: int = 10
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """Logits ``[B, classes]``."""
         x = _image(x)
         for channels in (6, 16):
-            x = layers.max_pool(nn.relu(_Conv(channels, (5, 5), padding="VALID")(x)), (2, 2), (2, 2))
+            x = layers.max_pool(nn.relu(_conv(channels, (5, 5), mask, padding="VALID")(x)), (2, 2), (2, 2))
         x = _flat(x)
         for width in (120, 84):
             x = nn.relu(_Dense(width)(x))
@@ -117,11 +121,11 @@ class ConvNet2(nn.Module):
     hidden: int = 2048
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool = False) -> jax.Array:
+    def __call__(self, x: jax.Array, train: bool = False, mask: jax.Array | None = None) -> jax.Array:
         """Logits ``[B, classes]``."""
         x = _image(x)
         for channels in (32, 64):
-            x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(_Conv(channels, (5, 5))(x))
+            x = nn.BatchNorm(use_running_average=not train, momentum=0.9)(_conv(channels, (5, 5), mask)(x))
             x = layers.max_pool(nn.relu(x), (2, 2), (2, 2))
         x = nn.relu(_Dense(self.hidden)(_flat(x)))
         return _Dense(self.classes)(x)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxfed.models import layers, reference
+from jaxfed.models import image_loops, reference
 
 RNG = np.random.default_rng(0)
 TEXT = {"x": np.array([[1, 2, 3], [3, 2, 1]]), "y": np.array([[2, 3, 4], [2, 1, 1]])}
@@ -190,11 +190,13 @@ def test_mlp_equals_its_formula():
     assert x.shape == (5, 4)
 
 
-def test_convolutions_are_matrix_products(monkeypatch):
-    monkeypatch.setattr(jax.lax, "conv_general_dilated", None)
-    assert reference._Conv.keywords["conv_general_dilated"] is layers.conv_general_dilated
-    for name in ("emnist-cnn", "mnist-cnn"):
-        reference.build_model(name, IMAGES)  # building traces a training step
+@pytest.mark.parametrize("name", ["emnist-cnn", "mnist-cnn", "convnet2"])
+def test_convolutions_leave_out_rows_that_are_not_there(name, monkeypatch):
+    masks = []
+    monkeypatch.setattr(image_loops, "present", lambda mask: masks.append(mask) or jnp.int32(len(mask)))
+    model = reference.build_model(name, IMAGES)
+    jax.eval_shape(model.loss, *jax.eval_shape(model.init, _key()), _batch(IMAGES), _key())
+    assert [mask.shape for mask in masks if len(mask) == 4] == [(4,)]  # the second convolution's; the first is too small
 
 
 @pytest.mark.parametrize("name", reference.MODELS)
