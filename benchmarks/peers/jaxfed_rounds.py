@@ -39,23 +39,22 @@ class Schedule(Selector, register=False):
         return Cohort(ids, jnp.ones(ids.shape, bool), jnp.ones(ids.shape))
 
 
-def logistic(params: dict, x: jax.Array, mask: jax.Array) -> jax.Array:
+def logistic(params: dict, x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """W1: logits ``[B, 10]``."""
     del mask
     return x @ params["w"] + params["b"]
 
 
-def cnn(params: dict, x: jax.Array, mask: jax.Array) -> jax.Array:
+def cnn(params: dict, x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """W2: logits ``[B, 62]``."""
-    for name in ("c1", "c2"):
-        product = layers.conv_general_dilated(x, params[name], (1, 1), "VALID", dimension_numbers=LAYOUT, mask=mask)
-        x = jax.nn.relu(product + params[f"{name}b"])
-    x = layers.max_pool(x, (2, 2), (2, 2)).reshape(len(x), -1)
+    product = layers.conv_general_dilated(x, params["c1"], (1, 1), "VALID", dimension_numbers=LAYOUT, mask=mask)
+    x = jax.nn.relu(product + params["c1b"])
+    x = layers.conv_relu_max_pool(x, params["c2"], params["c2b"], (2, 2), mask=mask).reshape(len(x), -1)
     x = jax.nn.relu(x @ params["d1"] + params["d1b"])
     return x @ params["d2"] + params["d2b"]
 
 
-def letters(params: dict, x: jax.Array, mask: jax.Array) -> jax.Array:
+def letters(params: dict, x: jax.Array, mask: jax.Array | None) -> jax.Array:
     """W3: logits ``[B, 80, 90]``, from weights as :func:`own_layout` has them."""
     del mask
     h = params["emb"][x].swapaxes(0, 1)
@@ -87,7 +86,7 @@ def make_loss(workload: str) -> Any:
     model = MODELS[workload]
 
     def loss(params: dict, batch: dict, key: jax.Array | None) -> jax.Array:
-        chances = jax.nn.log_softmax(model(params, batch["x"], batch["mask"]))
+        chances = jax.nn.log_softmax(model(params, batch["x"], batch.get("mask")))
         values = -jnp.take_along_axis(chances, batch["y"][..., None], axis=-1)[..., 0]
         return values.reshape(len(values), -1).mean(axis=1)
 

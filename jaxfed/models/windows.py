@@ -8,6 +8,16 @@ import jax
 from jax import lax
 
 
+def channels_last(rank: int) -> lax.ConvDimensionNumbers:
+    """Flax's layout of a convolution over ``rank`` spatial axes: ``[B, *space, c]`` and ``[*window, c, o]``.
+
+    >>> channels_last(2) == lax.conv_dimension_numbers((1,) * 4, (1,) * 4, ("NHWC", "HWIO", "NHWC"))
+    True
+    """
+    last = (0, rank + 1, *range(1, rank + 1))
+    return lax.ConvDimensionNumbers(last, (rank + 1, rank, *range(rank)), last)
+
+
 class Window(NamedTuple):
     """What slides over the spatial axes, with one number of each for every axis.
 

@@ -118,9 +118,98 @@ def test_clients_with_their_own_kernels_and_rows_equal_a_loop():
     assert not both[1].any()
 
 
+# pooled blocks for each shape: with and without a rest that is cut off
+POOLS = {"image by image": (2, 2), "in threes": (2, 3), "strides that leave a rest": (3, 2), "one axis": (3,)}
+
+
+def _pooled_case(name, rows, dtype="float64"):
+    """As ``_case``, with a bias; and the layer beside ReLU and Flax's pooling, which gives the first of equals all as well."""
+    x, kernel, _, mask, _, theirs, _ = _case(name, rows, dtype)
+    _, _, strides, padding, _, _ = SHAPES[name]
+    pool, rng = POOLS[name], np.random.default_rng(2)
+    bias = jnp.asarray(rng.normal(size=kernel.shape[-1]), dtype)
+    kernel = kernel / 20  # so that a third of the outputs is below zero
+
+    def plain(x, kernel, bias):
+        out = theirs(x, kernel, rhs_dilation=None) + jnp.expand_dims(bias, range(x.ndim - 1)) - 1
+        return nn.max_pool(nn.relu(out), pool, pool)
+
+    def ours(x, kernel, bias, mask=None):
+        return layers.conv_relu_max_pool(x, kernel, bias - 1, pool, strides=strides, padding=padding, mask=mask)
+
+    g = jnp.asarray(rng.normal(size=jax.eval_shape(plain, x, kernel, bias).shape), dtype)
+    return (x, kernel, bias), g * mask.reshape(-1, *(1,) * (x.ndim - 1)), mask, ours, plain
+
+
+@pytest.mark.parametrize(("name", "rows"), [*((n, "first") for n in POOLS), *(("in threes", r) for r in MASKS)])
+def test_convolution_relu_and_pooling_in_one_equal_the_three(name, rows):
+    with jax.enable_x64(True):
+        arrays, g, mask, ours, plain = _pooled_case(name, rows)
+        pulled = jax.jit(lambda arrays, mask: _pull(lambda *arrays: ours(*arrays, mask), arrays, g))(arrays, mask)
+        (expected, expected_gradients), (out, gradients) = jax.jit(lambda a: _pull(plain, a, g))(arrays), pulled
+        assert 0.05 < (expected == 0).mean() < 0.95
+        np.testing.assert_allclose(out[mask], expected[mask], rtol=1e-12, atol=1e-10)
+        for got, wanted in zip(gradients, expected_gradients, strict=True):
+            np.testing.assert_allclose(got, wanted, rtol=1e-12, atol=1e-10)
+
+
+def _pull(function, arrays, g):
+    out, pull = jax.vjp(function, *arrays)
+    return out, pull(g)
+
+
+def test_without_a_mask_the_one_is_the_three():
+    arrays, g, _, ours, plain = _pooled_case("image by image", "all", "float32")
+    (out, gradients), (expected, expected_gradients) = (jax.jit(lambda a, f=f: _pull(f, a, g))(arrays) for f in (ours, plain))
+    np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradients, expected_gradients)
+
+
+def test_second_derivatives_of_the_three_in_one():
+    with jax.enable_x64(True):
+        arrays, g, mask, ours, _ = _pooled_case("in threes", "with a gap")
+
+        def wave(*arrays):
+            return (jnp.sin(ours(*arrays, mask)) * g).sum() / 1e3
+
+        check_grads(jax.jit(wave), arrays, order=2, modes=("rev",), rtol=1e-4, eps=1e-7)
+
+
+def test_clients_of_the_three_in_one_equal_a_loop():
+    arrays, _, _, ours, _ = _pooled_case("in threes", "all", "float32")
+    masks = jnp.array([MASKS[name] for name in ("first", "all")], bool)
+    clients = jax.tree.map(lambda x: jnp.stack([x, 0.5 * x]), arrays)
+
+    @jax.jit
+    def gradient(arrays, mask):
+        return jax.grad(lambda arrays: (jnp.square(ours(*arrays, mask)).mean((1, 2, 3)) * mask).sum())(arrays)
+
+    together = jax.jit(jax.vmap(gradient))(clients, masks)
+    for i in range(2):
+        one = gradient(jax.tree.map(lambda x, i=i: x[i], clients), masks[i])
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-5), together, one)
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"bias": jnp.zeros(2)}, r"a bias of shape \(3,\), got 4 axes, \(2, 2\) and \(2,\)"),
+        ({"pool": (2,)}, "2 sizes of blocks"),
+        ({"x": jnp.zeros((6, 9, 9))}, "inputs of 4 axes"),
+        ({"x": jnp.zeros((6, 9, 9, 5))}, "A convolution of 5 channels"),
+        ({"mask": jnp.ones(5, bool)}, r"expected shape \(6,\), got \(5,\)"),
+        ({"pool": (9, 9)}, r"reaches over \(9, 9\) does not fit"),
+    ],
+)
+def test_wrong_arguments_of_the_three_in_one(change, text):
+    arrays = {"x": jnp.zeros((6, 9, 9, 2)), "kernel": jnp.zeros((3, 3, 2, 3)), "bias": jnp.zeros(3), "pool": (2, 2)}
+    with pytest.raises(ValueError, match=text):
+        layers.conv_relu_max_pool(**arrays | change)
+
+
 def test_a_mask_of_another_length_is_refused():
     x, kernel, _, mask, ours, _, _ = _case("in threes", dtype="float32")
-    with pytest.raises(ValueError, match=r"expected a mask of shape \(6,\), one entry a row, got \(5,\)"):
+    with pytest.raises(ValueError, match=r"expected shape \(6,\), got \(5,\)"):
         ours(x, kernel, mask=mask[:5])
 
 

@@ -158,7 +158,7 @@ def test_no_convolution_is_left_in_the_program():
     ("change", "text"),
     [
         ({"batch_group_count": 2}, "batch_group_count=2 is not computed .* Use jax.lax"),
-        ({"feature_group_count": 2}, "3 channels in 2 groups need a kernel"),
+        ({"feature_group_count": 2}, "3 channels in 2 groups needs a kernel"),
         ({"lhs_dilation": (2, 2), "padding": "SAME"}, "no meaning with an input dilation"),
         ({"window_strides": (1,)}, "2 spatial axes with one stride"),
         ({"rhs_dilation": (9, 1)}, r"reaches over \(19, 3\) does not fit"),
