@@ -236,7 +236,8 @@ def conv_relu_max_pool(
     window = Window.of(kernel.shape[:-2], strides)
     padded = _pad(x, window, padding, None, 0)
     group = _images_at_a_time(padded, window)
-    if group is None or mask is None or _is_full(mask) or not x.dtype == kernel.dtype == bias.dtype:
+    one_pass = x.dtype == kernel.dtype == bias.dtype and math.prod(pool) < 127  # the number of an entry is a byte
+    if group is None or mask is None or _is_full(mask) or not one_pass:
         out = conv_general_dilated(x, kernel, window.strides, padding, dimension_numbers=channels_last(rank), mask=mask)
         # The largest entry first: bias and ReLU keep the order, and then take a part of the time.
         return jax.nn.relu(max_pool(out, pool, pool) + jnp.expand_dims(bias, range(rank + 1)))

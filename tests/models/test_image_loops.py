@@ -158,6 +158,17 @@ def _pull(function, arrays, g):
     return out, pull(g)
 
 
+def test_blocks_of_more_entries_than_a_byte_counts():
+    x, kernel, *_ = _case("image by image", dtype="float32")
+    mask, bias = jnp.ones(len(x), bool), jnp.zeros(3)
+
+    def pooled(x, mask):
+        return layers.conv_relu_max_pool(x, kernel, bias, (14, 14), mask=mask)
+
+    got, expected = (jax.grad(lambda x, m=m: jnp.square(pooled(x, m)).mean())(x) for m in (mask, None))
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_without_a_mask_the_one_is_the_three():
     arrays, g, _, ours, plain = _pooled_case("image by image", "all", "float32")
     (out, gradients), (expected, expected_gradients) = (jax.jit(lambda a, f=f: _pull(f, a, g))(arrays) for f in (ours, plain))
