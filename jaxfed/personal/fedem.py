@@ -29,7 +29,9 @@ def stacked_starts(model: Model, key: jax.Array, models: int) -> tuple[Params, S
     >>> stacked_starts(model, jax.random.key(0), models=3)[0].shape
     (3, 2)
     """
-    return jax.vmap(model.init)(jax.random.split(key, models))
+    # One after the other: several batched QR decompositions, those of orthogonal initializers, wait for each other for ever in
+    # one program of XLA's CPU backend (jaxlib 0.10.2).
+    return jax.lax.map(model.init, jax.random.split(key, models))
 
 
 def _as_predicting(where: str, value: Any) -> Model:

@@ -1,5 +1,8 @@
 """FedEM against a plain loop: posteriors of every example, distinct starts, weights that reach the gradient; and its mixtures."""
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,6 +73,24 @@ def test_the_models_start_apart():
     for m in range(M):
         assert np.abs(params["body"][m] - params["body"][m - 1]).max() > 0.1
     assert_trees(params, stacked_starts(loops.MODEL, jax.random.key(0), M)[0], 0)
+
+
+def test_orthogonal_starts_do_not_wait_for_each_other():
+    """In a process of its own, which ends where the decompositions of eight kernels by three models block."""
+    program = """
+import jax
+from jaxfed.models.functions import from_functions
+from jaxfed.personal.fedem import stacked_starts
+
+def init(key):
+    return [jax.nn.initializers.orthogonal()(jax.random.fold_in(key, i), (64, 64)) for i in range(8)]
+
+model = from_functions(init, lambda w, batch, key: w, lambda w, batch: w)
+params, _ = jax.jit(lambda key: stacked_starts(model, key, 3))(jax.random.key(0))
+print(abs(params[0][0] @ params[0][0].T - jax.numpy.eye(64)).max() < 1e-5, (params[0][0] != params[0][1]).any())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["True", "True"]
 
 
 @pytest.mark.usefixtures("x64")
