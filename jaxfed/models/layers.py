@@ -7,6 +7,7 @@ own weights turns a convolution into a grouped one, which is slow on every backe
     out[b, p, o] = sum_{k, c} x[b, stride * p + dilation * k, c] * kernel[k, c, o]
 
 is ``patches @ kernel``, where ``patches`` ``[B, *out, k * c]`` stacks one slice of ``x`` for every offset ``k`` of the kernel.
+Given the mask of a batch, a CPU leaves out the rows that are not there (:mod:`jaxfed.models.image_loops`).
 
 Example:
     >>> import flax.linen as nn
