@@ -22,7 +22,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,7 @@ def _product(x: jax.Array, window: Window, kernel: jax.Array, options: dict, mas
     if group is None:
         return _patches_product(window.shifts(x), kernel, options)
     plain = x.dtype == kernel.dtype == (options["preferred_element_type"] or x.dtype)
-    if plain and mask is not None and not _is_full(mask):
+    if plain and _leaves_out(mask):
         loop = image_loops.Loop(window, x.shape[1:-1], group, options["precision"])
         return image_loops.convolve(loop, x, kernel, None, image_loops.present(mask))
 
@@ -157,9 +157,9 @@ def _images_at_a_time(x: jax.Array, window: Window) -> int | None:
     return None if whole else group
 
 
-def _is_full(mask: Any) -> bool:
-    """Whether the mask is a NumPy array of the whole batch: then the program is traced as without."""
-    return not isinstance(mask, jax.Array) and bool(mask.all())
+def _leaves_out(mask: Any) -> TypeGuard[jax.Array]:
+    """Whether rows may be missing. With a NumPy array of the whole batch the program is traced as without a mask."""
+    return mask is not None and (isinstance(mask, jax.Array) or not mask.all())
 
 
 def _patches_product(shifts: list[jax.Array], kernel: jax.Array, options: dict) -> jax.Array:
@@ -238,7 +238,7 @@ def conv_relu_max_pool(
     padded = _pad(x, window, padding, None, 0)
     group = _images_at_a_time(padded, window)
     one_pass = x.dtype == kernel.dtype == bias.dtype and math.prod(pool) < 127  # the number of an entry is a byte
-    if group is None or mask is None or _is_full(mask) or not one_pass:
+    if group is None or not (one_pass and _leaves_out(mask)):
         out = conv_general_dilated(x, kernel, window.strides, padding, dimension_numbers=channels_last(rank), mask=mask)
         # The largest entry first: bias and ReLU keep the order, and then take a part of the time.
         return jax.nn.relu(max_pool(out, pool, pool) + jnp.expand_dims(bias, range(rank + 1)))
