@@ -1,5 +1,6 @@
 """Where the clients' rows lie: on the devices as a whole, or on the host, with a page on the devices for each round's cohort."""
 
+import math
 import os
 from functools import cached_property
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from jaxfed.data.federated import FederatedData
+from jaxfed.data.rows import clients_of_shard
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.engine.mesh import EVERYWHERE, Devices
 from jaxfed.engine.population import Population, table_length, weigh_population
@@ -22,22 +24,26 @@ class Placement:
     """A data set and the devices that train on it. On several machines each reads the rows of its own clients alone.
 
     Args:
-        data: The clients' rows; arrays may be memory-mapped files.
+        data: The clients' rows; arrays may be memory-mapped files. On several machines a shard will do.
         algorithm: Whose aggregator weighs the clients.
         devices: Where rounds run.
+
+    Raises:
+        ValueError: For a shard without the rows of this machine's clients.
     """
 
     def __init__(self, data: FederatedData, algorithm: Algorithm, devices: Devices):
         self.data, self.devices = data, devices
         self.sizes, self.firsts = data.sizes, data.offsets[:-1]
         self.capacity = max(1, data.max_size)
-        self.per_machine = -(-data.num_clients // devices.machines)
+        self.per_machine = len(clients_of_shard(data.num_clients, devices.machines, 0))
+        self._check_held()
         sizes = jnp.asarray(self.sizes, jnp.int32)
         self.weight = weigh_population(algorithm.client, algorithm.aggregator, sizes, capacity=self.capacity)
 
     def fits(self, rows: Any) -> bool:
         """Whether data and a table of kept ``rows`` take at most half of the devices' memory."""
-        own = sum(x.size // x.shape[0] * x.dtype.itemsize for x in self.data.arrays.values()) * self.data.num_examples
+        own = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in self.data.arrays.values()) * self.data.num_examples
         kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(rows)) * self.data.num_clients
         return own / self.devices.machines + kept / self.devices.count <= _memory(self.devices) / 2
 
@@ -101,6 +107,13 @@ class Placement:
 
         return jax.tree.map(one, table)
 
+    def _check_held(self) -> None:
+        machine, held = jax.process_index() if self.devices.machines > 1 else 0, self.data.held
+        own = clients_of_shard(self.data.num_clients, self.devices.machines, machine)
+        if own and not (held.start <= own.start and own.stop <= held.stop):
+            wanted = f"expected the rows of clients {own.start} to {own.stop - 1}, this process's part of {self.devices.machines}"
+            raise ValueError(f"data: {wanted}, got {self.data}. Give shard(jax.process_count(), jax.process_index()).")
+
     def _rows_of_clients(self, length: int) -> np.ndarray:
         clients = np.arange(self.data.num_clients)
         return clients // self.per_machine * (length // self.devices.machines) + clients % self.per_machine
@@ -127,10 +140,11 @@ class Placement:
         dtype = jax.dtypes.canonicalize_dtype(array.dtype)
 
         def block(machine: int) -> np.ndarray:
-            if len(slices[machine]) == 1 and (only := array[slices[machine][0]]).shape[0] == length:
+            pieces = [self.data.rows_here(piece) for piece in slices[machine]]
+            if len(pieces) == 1 and (only := array[pieces[0]]).shape[0] == length:
                 return np.asarray(only, dtype)
             rows, filled = np.zeros((length, *array.shape[1:]), dtype), 0
-            for piece in slices[machine]:
+            for piece in pieces:
                 rows[filled : filled + piece.stop - piece.start] = array[piece]
                 filled += piece.stop - piece.start
             return rows

@@ -20,7 +20,7 @@ STORY = """
     engine.algorithm engine.mesh engine.population engine.sums engine.lanes engine.cohort engine.survey engine.round
     engine.rounds engine.compilation engine.evaluation
     algorithms algorithms_corrected algorithms_personal
-    files data.stored data.federated data.partition data.datasets data
+    files data.rows data.stored data.federated data.partition data.archives data.datasets data
     models.windows models.image_loops models.layers models.recurrent models.advice models.losses models.survival
     models.functions models.adapters models.rnn models.reference models
     reports stopping placement paging lane_choice simulation differentiable hyperparameters side_by_side sweep

@@ -3,7 +3,8 @@
 ``jaxfed.data.partition`` is the module; its function of that name looks a partition up: ``partition.partition("iid", ...)``.
 """
 
-from jaxfed.data.datasets import DATASETS, digits, linear_mixture, load, npz, npz_arrays, synthetic
+from jaxfed.data.archives import npz, npz_arrays
+from jaxfed.data.datasets import DATASETS, digits, linear_mixture, load, load_shard, synthetic
 from jaxfed.data.federated import FederatedData
 from jaxfed.data.partition import (
     PARTITIONS,
@@ -29,6 +30,7 @@ __all__ = [
     "iid",
     "linear_mixture",
     "load",
+    "load_shard",
     "lognormal_sizes",
     "natural",
     "npz",

@@ -1,7 +1,5 @@
 """Data sets by name: small ones that need no download, any ``.npz`` file, and folders of files that are mapped."""
 
-import zipfile
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from jaxfed import checks
-from jaxfed.data.federated import FederatedData, scalar
+from jaxfed.data.archives import Archive, npz, npz_arrays
+from jaxfed.data.federated import FederatedData
 from jaxfed.data.partition import PARTITIONS, check_options
-
-Keys = Sequence[str] | Mapping[str, str] | None
+from jaxfed.data.rows import scalar
 
 FEATURES, CLASSES = 60, 10
 _MOST_ROWS = 1000
@@ -128,48 +126,6 @@ def linear_mixture(
     return FederatedData.from_arrays({"x": x, "y": y, "is_test": is_test}, np.repeat(np.arange(clients), halves.sum(1)))
 
 
-def npz(path: str | Path, *, client_key: str = "client", keys: Keys = None) -> FederatedData:
-    """A federation from an ``.npz`` file that holds arrays and the client id of each example.
-
-    Args:
-        path: The file. Pickled objects in it are refused.
-        client_key: The array of client ids ``[examples]``, integers or strings.
-        keys: Names of the arrays to take, or ``{key: name in the file}``. Without it every other array with one row per
-            client id is taken.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: For a file that is no ``.npz`` or is cut short, and for names that it does not hold.
-
-    >>> import tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     np.savez(f"{folder}/two.npz", image=np.ones((3, 8)), writer=["ann", "bob", "ann"])
-    ...     npz(f"{folder}/two.npz", client_key="writer", keys={"x": "image"})
-    FederatedData(clients=2, examples=3, sizes=1/1.5/2, x: float64[8])
-    """
-    with _open(path) as archive:
-        ids = _read(path, archive, client_key)
-        arrays = {key: _read(path, archive, name) for key, name in _names(archive, keys).items()}
-    if keys is None:
-        arrays = {key: array for key, array in arrays.items() if key != client_key and array.shape[:1] == ids.shape}
-    return FederatedData.from_arrays(arrays, ids)
-
-
-def npz_arrays(path: str | Path, *, keys: Keys = None) -> dict[str, np.ndarray]:
-    """The arrays of an ``.npz`` file, to be dealt over clients by a partition.
-
-    Args:
-        path: The file. Pickled objects in it are refused.
-        keys: Names of the arrays to take, or ``{key: name in the file}``. Without it all are taken.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: For a file that is no ``.npz`` or is cut short, and for names that it does not hold.
-    """
-    with _open(path) as archive:
-        return {key: _read(path, archive, name) for key, name in _names(archive, keys).items()}
-
-
 def stored(path: str | Path) -> FederatedData:
     """A federation from a folder that :meth:`FederatedData.save` wrote, mapped into memory: it may be larger than that.
 
@@ -218,23 +174,59 @@ def load(
     >>> load("synthetic", alpha=1, beta=1, seed=0).num_clients
     30
     """
-    checks.known_name("data set", name, DATASETS)
-    if partition is None:
-        return _load_federation(name, options)
-    scheme, scheme_options = _checked_partition(name, partition)
-    check_options(f"data set {name!r}", ARRAYS[name], options)
+    deal = _checked(name, partition, options)
+    if deal is None:
+        return FEDERATIONS[name](**options)
     arrays = ARRAYS[name](**options)
     checks.known_name(f"array of {name!r}", label_key, arrays)
-    ids = PARTITIONS[scheme](arrays[label_key], **scheme_options)
-    return FederatedData.from_arrays(arrays, ids)
+    return FederatedData.from_arrays(arrays, deal(arrays[label_key]))
 
 
-def _load_federation(name: str, options: dict[str, Any]) -> FederatedData:
+def load_shard(
+    name: str,
+    *,
+    num_shards: int,
+    index: int,
+    partition: tuple[str, dict[str, Any]] | None = None,
+    label_key: str = "y",
+    **options: Any,
+) -> FederatedData:
+    """As :func:`load` and then :meth:`FederatedData.shard`, for one of several processes.
+
+    Of an ``.npz`` no more than the shard's own rows is ever in memory, and of what is mapped only they are read. What is drawn
+    or comes with a library is made whole and cut.
+
+    >>> load_shard("synthetic", alpha=1, beta=1, seed=0, num_shards=4, index=3).held
+    range(24, 30)
+    """
+    shard = {"num_shards": num_shards, "index": index}
+    if name != "npz":
+        return load(name, partition=partition, label_key=label_key, **options).shard(**shard)
+    deal = _checked(name, partition, options)
+    with Archive(options["path"]) as archive:
+        if deal is None:
+            client_key = options.get("client_key", "client")
+            ids = archive.read(client_key)
+            names = archive.names(options.get("keys"), besides=client_key, rows=ids.size)
+        else:
+            names = archive.names(options.get("keys"))
+            checks.known_name(f"array of {name!r}", label_key, names)
+            ids = deal(archive.read(names[label_key]))
+        return FederatedData.from_reader(lambda rows: archive.rows(names, rows, ids.size), ids, **shard)
+
+
+def _checked(name: str, partition: Any, options: dict[str, Any]) -> Callable[[np.ndarray], np.ndarray] | None:
+    """Who gets which row by their labels; None for a data set that brings its clients."""
+    checks.known_name("data set", name, DATASETS)
+    if partition is not None:
+        scheme, scheme_options = _checked_partition(name, partition)
+        check_options(f"data set {name!r}", ARRAYS[name], options)
+        return lambda labels: PARTITIONS[scheme](labels, **scheme_options)
     if name not in FEDERATIONS:
         known = ", ".join(sorted(PARTITIONS))
         raise ValueError(f"Data set {name!r} has no clients of its own: give a partition, one of {known}.")
     check_options(f"data set {name!r}", FEDERATIONS[name], options)
-    return FEDERATIONS[name](**options)
+    return None
 
 
 def _checked_partition(name: str, chosen: Any) -> tuple[str, dict[str, Any]]:
@@ -294,34 +286,3 @@ def _mixed_rows(
         y[own] = x[own] @ direction + rng.normal(0, noise, count) > 0
     order = rng.permutation(size)
     return x[order].astype(np.float32), y[order]
-
-
-def _open(path: str | Path) -> Any:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"There is no file {str(path)!r}. Give the path of an .npz file.")
-    # NumPy would take other files for pickles and advise to allow them.
-    if not zipfile.is_zipfile(path):
-        raise ValueError(f"{str(path)!r} is no .npz file, or is cut short. Write one with numpy.savez_compressed.")
-    return np.load(path, allow_pickle=False)
-
-
-def _names(archive: Any, keys: Keys) -> Mapping[str, str]:
-    """The arrays to take: ``{key: name in the file}``."""
-    if isinstance(keys, str):
-        raise TypeError(f'keys must be a list of names or {{key: name in the file}}, got {keys!r}. Write ["{keys}"].')
-    if isinstance(keys, Mapping):
-        return keys
-    return {name: name for name in (archive.files if keys is None else keys)}
-
-
-def _read(path: str | Path, archive: Any, name: str) -> np.ndarray:
-    if name not in archive.files:
-        held = ", ".join(archive.files) or "none"
-        raise ValueError(f"{str(path)!r} has no array {name!r}.{checks.closest(name, archive.files)} It holds: {held}.")
-    try:
-        array = archive[name]
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{str(path)!r}: array {name!r} cannot be read: {error} Store plain arrays, not objects.") from error
-    if not isinstance(array, np.ndarray):
-        raise ValueError(f"{str(path)!r}: {name!r} is not an array. Write the file with numpy.savez_compressed.")
-    return array

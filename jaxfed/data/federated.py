@@ -1,9 +1,9 @@
 """The container: the rows of all clients in flat arrays, sorted by client, with offsets.
 
-Nothing is padded here. Row ``offsets[i] + j`` of every array is row ``j`` of client ``i``.
+Nothing is padded here. Row ``offsets[i] + j`` of every array is row ``j`` of client ``i``. In one of several processes the arrays
+may hold the rows of a shard's clients alone, ``offsets[held.start]`` to ``offsets[held.stop]``; whose rows there are all know.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +12,20 @@ import numpy as np
 
 from jaxfed import checks
 from jaxfed.data import stored
-
-RESERVED = "mask"
-_ALIGNMENT = 64
+from jaxfed.data.rows import (
+    by_client,
+    checked_arrays,
+    checked_ids,
+    checked_mask,
+    clients_of_shard,
+    frozen,
+    generator,
+    offsets_of,
+    rank_within,
+    row_type,
+    scalar,
+    taken,
+)
 
 
 class FederatedData:
@@ -30,10 +41,13 @@ class FederatedData:
         array([[0., 1., 0., 0.]], dtype=float32)
     """
 
-    def __init__(self, arrays: Mapping[str, np.ndarray], offsets: np.ndarray, client_names: np.ndarray):
-        self._arrays = {key: _frozen(array) for key, array in arrays.items()}
-        self._offsets = _frozen(np.asarray(offsets, np.int64))
-        self._client_names = _frozen(np.asarray(client_names))
+    def __init__(
+        self, arrays: Mapping[str, np.ndarray], offsets: np.ndarray, client_names: np.ndarray, held: range | None = None
+    ):
+        self._arrays = {key: frozen(array) for key, array in arrays.items()}
+        self._offsets = frozen(np.asarray(offsets, np.int64))
+        self._client_names = frozen(np.asarray(client_names))
+        self._held = range(self.num_clients) if held is None else held
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any], client_ids: Any, *, num_clients: int | None = None) -> "FederatedData":
@@ -51,14 +65,49 @@ class FederatedData:
         >>> FederatedData.from_arrays({"y": [5, 6, 7]}, [0, 2, 0], num_clients=4).sizes
         array([2, 0, 1, 0])
         """
-        ids = _checked_ids(client_ids)
-        checked = _checked_arrays(arrays, len(ids), "client_ids has")
-        names, index = np.unique(ids, return_inverse=True)
-        if num_clients is not None:
-            names, index = _numbered(ids, num_clients), ids.astype(np.int64)
-        order = np.argsort(index, kind="stable")
-        offsets = _offsets(np.bincount(index, minlength=len(names)))
-        return cls({key: _taken(array, order) for key, array in checked.items()}, offsets, names)
+        ids = checked_ids(client_ids)
+        checked = checked_arrays(arrays, np.arange(len(ids)), "client_ids has")
+        order, offsets, names = by_client(ids, num_clients)
+        return cls({key: taken(array, order) for key, array in checked.items()}, offsets, names)
+
+    @classmethod
+    def from_reader(
+        cls,
+        read: Callable[[np.ndarray], Mapping[str, Any]],
+        client_ids: Any,
+        *,
+        num_shards: int,
+        index: int,
+        num_clients: int | None = None,
+    ) -> "FederatedData":
+        """As :meth:`from_arrays` and then :meth:`shard`, but no more than the shard's own rows is ever read.
+
+        Args:
+            read: ``rows -> {key: array [n, ...]}`` reads some rows, whose numbers ``[n]`` ascend.
+            client_ids: As :meth:`from_arrays` takes them, of all rows.
+            num_shards: How many shards there are; ``jax.process_count()`` of them for several processes.
+            index: Which of them to read, from 0; ``jax.process_index()``.
+            num_clients: As :meth:`from_arrays` takes it.
+
+        Raises:
+            TypeError, ValueError: As :meth:`from_arrays` and :meth:`shard`.
+
+        >>> def read(rows):
+        ...     print("reads", rows)
+        ...     return {"y": 10 * rows}
+        >>> data = FederatedData.from_reader(read, ["b", "a", "b", "c"], num_shards=2, index=0)
+        reads [0 1 2]
+        >>> data
+        FederatedData(clients=3, examples=4, sizes=1/1/2, y: int64[], held: clients 0 to 1)
+        """
+        ids = checked_ids(client_ids)
+        order, offsets, names = by_client(ids, num_clients)
+        held = clients_of_shard(len(names), num_shards, index)
+        own = order[offsets[held.start] : offsets[held.stop]]
+        rows = np.sort(own)
+        arrays = checked_arrays(read(rows), rows, "read was asked for")
+        places = np.searchsorted(rows, own)
+        return cls({key: taken(array, places) for key, array in arrays.items()}, offsets, names, held)
 
     def save(self, folder: str | Path) -> None:
         """Writes a folder that :meth:`open` opens; one that is whole or absent, whatever happens meanwhile.
@@ -66,6 +115,7 @@ class FederatedData:
         Raises:
             FileExistsError: If there is something at ``folder`` already.
         """
+        self._need_all("save")
         stored.write(Path(folder), self._arrays, self._offsets, self._client_names)
 
     @classmethod
@@ -85,8 +135,13 @@ class FederatedData:
         return cls(*stored.read(Path(folder)))
 
     @property
+    def held(self) -> range:
+        """The clients whose rows are here: all of them, or those of a :meth:`shard`."""
+        return self._held
+
+    @property
     def arrays(self) -> dict[str, np.ndarray]:
-        """The flat arrays by key, ``[examples, ...]`` each, not writable. The dict is a new one each time."""
+        """The flat arrays by key, ``[examples, ...]`` each or a shard's rows; not writable. The dict is a new one each time."""
         # A dict and no read-only view of one: JAX knows dicts as pytrees.
         return dict(self._arrays)
 
@@ -125,6 +180,17 @@ class FederatedData:
         """The index of each row's client, ``[examples]``."""
         return np.repeat(np.arange(self.num_clients), self.sizes)
 
+    def rows_here(self, rows: slice) -> slice:
+        """Where these rows of the federation lie in the arrays.
+
+        Raises:
+            ValueError: If they are not all here.
+        """
+        first, end = self._edges(self._held)
+        if rows.start < rows.stop and not first <= rows.start <= rows.stop <= end:
+            raise ValueError(f"Expected rows from {first} to {end - 1}, got {rows}: only {self._whose()} are here.")
+        return slice(rows.start - first, rows.stop - first)
+
     def client(self, index: int) -> dict[str, np.ndarray]:
         """The rows of one client: views ``[n_i, ...]`` by key. Indices count from 0 to N-1.
 
@@ -132,7 +198,7 @@ class FederatedData:
         {'y': array([5, 7])}
         """
         self._checked_indices([index])
-        rows = slice(self._offsets[index], self._offsets[index + 1])
+        rows = self.rows_here(slice(self._offsets[index], self._offsets[index + 1]))
         return {key: array[rows] for key, array in self._arrays.items()}
 
     def select(self, client_indices: Any) -> "FederatedData":
@@ -146,10 +212,35 @@ class FederatedData:
         array(['c', 'a'], dtype='<U1')
         """
         indices = self._checked_indices(client_indices)
-        offsets = _offsets(self.sizes[indices])
+        self._need_all("select")
+        offsets = offsets_of(self.sizes[indices])
         rows = np.arange(offsets[-1]) + np.repeat(self._offsets[indices] - offsets[:-1], self.sizes[indices])
-        arrays = {key: array[rows] for key, array in self._arrays.items()}
+        arrays = {key: taken(array, rows) for key, array in self._arrays.items()}
         return FederatedData(arrays, offsets, self._client_names[indices])
+
+    def shard(self, num_shards: int, index: int) -> "FederatedData":
+        """The same federation with the rows of one shard's clients alone: for one of several processes.
+
+        The clients are those of :func:`clients_of_shard`. Arrays that are mapped into memory stay so, others are copied; what
+        needs the rows of others is refused from then on. A simulation on several processes takes whole data and shards alike.
+
+        Args:
+            num_shards: How many shards there are; ``jax.process_count()`` of them for several processes.
+            index: Which of them stays, from 0; ``jax.process_index()``.
+
+        Raises:
+            TypeError, ValueError: For an index that is none of 0 to ``num_shards - 1``, and of what is a shard already.
+
+        >>> data = FederatedData.from_arrays({"y": [5, 6, 7]}, ["a", "b", "c"]).shard(2, 1)
+        >>> data.num_clients, data.held, data.arrays
+        (3, range(2, 3), {'y': array([7])})
+        """
+        self._need_all("shard")
+        held = clients_of_shard(self.num_clients, num_shards, index)
+        rows = np.arange(*self._edges(held))
+        own = slice(*self._edges(held))
+        arrays = {key: x[own] if isinstance(x, np.memmap) else taken(x, rows) for key, x in self._arrays.items()}
+        return FederatedData(arrays, self._offsets, self._client_names, held)
 
     def map(self, fn: Callable[[dict[str, np.ndarray]], Mapping[str, Any]]) -> "FederatedData":
         """``fn`` on the dict of whole arrays; keys may come and go, rows must stay where they are.
@@ -158,8 +249,8 @@ class FederatedData:
         >>> data.map(lambda rows: {"x": rows["x"] / np.float32(255)})
         FederatedData(clients=2, examples=2, sizes=1/1/1, x: float32[1])
         """
-        arrays = _checked_arrays(fn(self.arrays), self.num_examples, "the data has")
-        return FederatedData(arrays, self._offsets, self._client_names)
+        arrays = checked_arrays(fn(self.arrays), np.arange(*self._edges(self._held)), "the data has")
+        return FederatedData(arrays, self._offsets, self._client_names, self._held)
 
     def split(self, test_fraction: float, *, seed: int) -> "tuple[FederatedData, FederatedData]":
         """Train and test rows of every client, at random: both halves have the same N clients.
@@ -190,8 +281,9 @@ class FederatedData:
         ({'y': array([7, 6])}, {'y': array([5])})
         """
         if not isinstance(mask, str):
-            return self._halves(_checked_mask("split_by: mask", np.asarray(mask), self.num_examples, "b"))
-        test = _checked_mask(f"split_by: array {mask!r}", self._array(mask), self.num_examples, "biu")
+            return self._halves(checked_mask("split_by: mask", np.asarray(mask), self.num_examples, "b"))
+        self._need_all(f"split_by with the array {mask!r}")
+        test = checked_mask(f"split_by: array {mask!r}", self._array(mask), self.num_examples, "biu")
         rest = {key: array for key, array in self._arrays.items() if key != mask}
         if not rest:
             raise ValueError(f"split_by: {mask!r} is the only array, so nothing would be left of the rows.")
@@ -223,9 +315,10 @@ class FederatedData:
         array([[1, 0, 1],
                [0, 0, 1]])
         """
+        self._need_all("label_counts")
         labels = self._array(key)
         if labels.ndim != 1 or labels.dtype.kind not in "biu" or labels.min(initial=0) < 0:
-            raise ValueError(f"label_counts: {key!r} must hold one integer from 0 per row, got {_row_type(labels)}.")
+            raise ValueError(f"label_counts: {key!r} must hold one integer from 0 per row, got {row_type(labels)}.")
         labels = labels.astype(np.int64)
         found = int(labels.max(initial=-1)) + 1
         columns = found if classes is None else scalar(checks.count, "label_counts.classes", classes, at_least=found)
@@ -235,8 +328,9 @@ class FederatedData:
 
     def __repr__(self) -> str:
         spread = f"{self.sizes.min()}/{np.median(self.sizes):g}/{self.max_size}"
-        rows = "".join(f", {key}: {_row_type(array)}" for key, array in self._arrays.items())
-        return f"FederatedData(clients={self.num_clients}, examples={self.num_examples}, sizes={spread}{rows})"
+        rows = "".join(f", {key}: {row_type(array)}" for key, array in self._arrays.items())
+        whose = "" if self._all_here else f", held: {self._whose()}"
+        return f"FederatedData(clients={self.num_clients}, examples={self.num_examples}, sizes={spread}{rows}{whose})"
 
     def _halves(self, test: np.ndarray) -> "tuple[FederatedData, FederatedData]":
         train, test_half = (self._rows(rows) for rows in (~test, test))
@@ -244,8 +338,24 @@ class FederatedData:
 
     def _rows(self, kept: np.ndarray) -> "FederatedData":
         sizes = np.bincount(self.client_of_row[kept], minlength=self.num_clients)
-        arrays = {key: array[kept] for key, array in self._arrays.items()}
-        return FederatedData(arrays, _offsets(sizes), self._client_names)
+        own = np.flatnonzero(kept[slice(*self._edges(self._held))])
+        arrays = {key: taken(array, own) for key, array in self._arrays.items()}
+        return FederatedData(arrays, offsets_of(sizes), self._client_names, self._held)
+
+    def _edges(self, clients: range) -> tuple[int, int]:
+        """Where the rows of these clients begin and end."""
+        return int(self._offsets[clients.start]), int(self._offsets[clients.stop])
+
+    @property
+    def _all_here(self) -> bool:
+        return len(self._held) == self.num_clients
+
+    def _whose(self) -> str:
+        return f"clients {self._held.start} to {self._held.stop - 1}" if self._held else "no client"
+
+    def _need_all(self, what: str) -> None:
+        if not self._all_here:
+            raise ValueError(f"{what} needs the rows of all clients; of this shard only {self._whose()} are here. Do it before.")
 
     def _array(self, key: str) -> np.ndarray:
         checks.known_name("array", key, self._arrays)
@@ -264,117 +374,3 @@ class FederatedData:
         if (counts > 1).any():
             raise ValueError(f"Client index {values[counts > 1][0]} is given {counts.max()} times; each client once.")
         return indices
-
-
-def scalar(check: Callable[..., Any], where: str, value: Any, **limits: float) -> Any:
-    """``checks.number`` or ``checks.count`` of one value; an array of values to sweep is refused.
-
-    >>> scalar(checks.count, "iid.clients", 10, at_least=1)
-    10
-    """
-    checked = check(where, value, checks.Bounds(**limits))
-    if np.ndim(checked):
-        raise TypeError(f"{where}: expected one number, got {checks.describe(value)}.")
-    return checked
-
-
-def generator(where: str, seed: int) -> np.random.Generator:
-    """NumPy's default generator from an integer seed, which must be given."""
-    return np.random.default_rng(scalar(checks.count, where, seed, at_least=0))
-
-
-def rank_within(groups: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Each row's place in a random order of its own group's rows: ``[n]`` group numbers to ``[n]`` ranks from 0."""
-    order = np.lexsort((rng.permutation(len(groups)), groups))
-    sizes = np.bincount(groups)
-    rank = np.empty(len(groups), np.int64)
-    rank[order] = np.arange(len(groups)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return rank
-
-
-def _offsets(sizes: np.ndarray) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-
-
-def _frozen(array: np.ndarray) -> np.ndarray:
-    # The flag of a view leaves the caller's array writable.
-    view = array.view()
-    view.flags.writeable = False
-    return view
-
-
-def _taken(array: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Rows in another order, copied: later changes to the caller's array stay outside.
-
-    They begin at a multiple of 64 bytes, where JAX's CPU devices use them as they lie instead of copying them once more.
-    """
-    shape = (len(order), *array.shape[1:])
-    room = np.empty(math.prod(shape) * array.itemsize + _ALIGNMENT, np.uint8)
-    begin = -room.ctypes.data % _ALIGNMENT
-    rows = room[begin : begin + len(room) - _ALIGNMENT].view(array.dtype).reshape(shape)
-    return np.take(array, order, axis=0, out=rows, mode="clip")  # the default mode fills a buffer first
-
-
-def _row_type(array: np.ndarray) -> str:
-    return f"{array.dtype}[{', '.join(str(size) for size in array.shape[1:])}]"
-
-
-def _checked_ids(client_ids: Any) -> np.ndarray:
-    ids = _plain("client_ids", client_ids)
-    if ids.ndim != 1 or len(ids) == 0:
-        raise ValueError(f"client_ids must be 1-D with one id per example and one example or more, got {ids.shape}.")
-    if ids.dtype.kind in "OT" and all(isinstance(name, str) for name in ids):
-        ids = ids.astype(str)
-    if ids.dtype.kind not in "iuU":
-        raise TypeError(f"client_ids must be integers or strings, got {ids.dtype}, such as {ids[0]!r}.")
-    if ids.dtype.kind == "i" and ids.min() < 0:
-        row = int(np.argmax(ids < 0))
-        raise ValueError(f"client_ids must be 0 or more, got {ids[row]} in row {row}. Drop the rows of no client.")
-    return ids
-
-
-def _numbered(ids: np.ndarray, num_clients: int) -> np.ndarray:
-    if ids.dtype.kind == "U":
-        raise TypeError(f"num_clients needs integer client_ids, got strings such as {str(ids[0])!r}.")
-    where = "from_arrays.num_clients (largest id plus 1 or more)"
-    return np.arange(scalar(checks.count, where, num_clients, at_least=int(ids.max()) + 1))
-
-
-def _checked_arrays(arrays: Any, rows: int, owner: str) -> dict[str, np.ndarray]:
-    checks.instance("arrays", arrays, Mapping, 'Give a dict such as {"x": ..., "y": ...}.')
-    if not arrays:
-        raise ValueError('arrays is empty. Give a dict with one array or more, such as {"x": ..., "y": ...}.')
-    return {key: _checked_array(key, array, rows, owner) for key, array in arrays.items()}
-
-
-def _checked_array(key: Any, value: Any, rows: int, owner: str) -> np.ndarray:
-    if checks.instance("key of arrays", key, str) == RESERVED:
-        raise ValueError(f"The key {RESERVED!r} is reserved for the rows that count in a batch. Rename this array.")
-    array = _plain(f"Array {key!r}", value)
-    # Also true of bfloat16 and its like, which NumPy knows as kind "V".
-    if not np.can_cast(array.dtype, np.complex128):
-        raise TypeError(f"Array {key!r} has dtype {array.dtype}; expected numbers or bools. Encode it first.")
-    if array.ndim == 0 or len(array) != rows:
-        raise ValueError(f"Array {key!r} has shape {array.shape}, but {owner} {rows} rows; the first axes must agree.")
-    if array.dtype.kind not in "biu" and (missing := np.isnan(array)).any():
-        row = int(np.argmax(missing.reshape(rows, -1).any(axis=1)))
-        raise ValueError(f"Array {key!r} holds NaN, first in row {row}. Fill or drop such rows.")
-    return array
-
-
-def _checked_mask(where: str, mask: np.ndarray, rows: int, kinds: str) -> np.ndarray:
-    if mask.dtype.kind not in kinds or mask.shape != (rows,):
-        wanted = "bools" if kinds == "b" else "0 and 1"
-        raise ValueError(f"{where} must be {wanted} of shape ({rows},), got {mask.dtype} of shape {mask.shape}.")
-    if (other := (mask != 0) & (mask != 1)).any():
-        raise ValueError(f"{where} must hold 0 (train) and 1 (test), got {mask[other][0]}.")
-    return mask.astype(bool)
-
-
-def _plain(where: str, value: Any) -> np.ndarray:
-    if np.ma.is_masked(value):
-        raise ValueError(f"{where} has masked values, which a plain array would not keep. Fill or drop them.")
-    try:
-        return np.asarray(value)
-    except ValueError as error:
-        raise ValueError(f"{where} is not one array: {error}") from None

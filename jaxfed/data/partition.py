@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxfed import checks
-from jaxfed.data.federated import generator, rank_within, scalar
+from jaxfed.data.rows import generator, rank_within, scalar
 
 
 def iid(labels: Any, *, clients: int, seed: int) -> np.ndarray:

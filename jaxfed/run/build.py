@@ -3,13 +3,17 @@
 import contextlib
 import hashlib
 import inspect
+import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxfed import checks, part
 from jaxfed.algorithms import RECIPES, accepted_options, build_recipe
@@ -21,6 +25,7 @@ from jaxfed.data.partition import PARTITIONS
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.optimizer.optimizer import Optimizer
 from jaxfed.optimizer.rates import as_rate
+from jaxfed.run import machines
 from jaxfed.run.config import RunConfig
 from jaxfed.run.section import known_keys, located
 from jaxfed.simulation import Simulation
@@ -72,7 +77,7 @@ def resolved(config: RunConfig) -> RunConfig:
 
 
 def data(config: RunConfig) -> FederatedData:
-    """All rows of all clients."""
+    """All rows of all clients; of several processes each has those of its own clients."""
     section, chosen = resolved(config).data, None
     with located("data.name"):
         checks.known_name("data set", section.name, datasets.DATASETS)
@@ -86,7 +91,8 @@ def data(config: RunConfig) -> FederatedData:
         chosen = (section.partition.name, section.partition.options)
     try:
         with located("data"):
-            return datasets.load(section.name, partition=chosen, label_key=section.label_key, **section.options)
+            load = partial(datasets.load_shard, **machines.shard()) if jax.process_count() > 1 else datasets.load
+            return load(section.name, partition=chosen, label_key=section.label_key, **section.options)
     except (TypeError, ValueError) as error:
         raise type(error)(_of_partition(str(error), chosen)) from error
 
@@ -123,7 +129,7 @@ def model(config: RunConfig, whole: FederatedData) -> Model:
         checks.known_name("model", config.model.name, MODELS)
     known_keys("model", config.model.options, _parameters(MODELS, config.model.name) or ())
     with located("model"):
-        return build_model(config.model.name, whole.arrays, **config.model.options)
+        return build_model(config.model.name, _sample(whole), **config.model.options)
 
 
 def algorithm(config: RunConfig, model: Model) -> Algorithm:
@@ -169,9 +175,32 @@ def digest_of_data(data: FederatedData) -> str:
     """
     digest = hashlib.sha256(data.offsets.tobytes())
     for key, array in sorted(data.arrays.items()):
-        digest.update(f"{key} {array.dtype} {array.shape}".encode())
-        digest.update(array.reshape(-1).view("uint8").data)
+        digest.update(f"{key} {array.dtype} {array.shape[1:]}".encode())
+    # Client by client, so that several processes, each of which has some of them, come to the same.
+    own = np.frombuffer(b"".join(_digests_of_clients(data)), np.uint8).reshape(-1, hashlib.sha256().digest_size)
+    digest.update(machines.everyones(own).data)
     return digest.hexdigest()
+
+
+def _digests_of_clients(data: FederatedData) -> Iterator[bytes]:
+    edges = (data.offsets[data.held.start : data.held.stop + 1] - data.offsets[data.held.start]).tolist()
+    columns = [(x.reshape(-1).view("uint8").data, x.itemsize * math.prod(x.shape[1:])) for _, x in sorted(data.arrays.items())]
+    for first, end in pairwise(edges):
+        digest = hashlib.sha256()
+        for content, width in columns:
+            digest.update(content[first * width : end * width])
+        yield digest.digest()
+
+
+def _sample(data: FederatedData) -> dict[str, np.ndarray]:
+    """All rows; of several processes a few of each, with the smallest and the largest of its whole numbers."""
+    if len(data.held) == data.num_clients:
+        return data.arrays
+    whole = [x for x in data.arrays.values() if x.dtype.kind in "iu" and x.size]
+    picked = [np.unravel_index(pick(x), x.shape)[0] for x in whole for pick in (np.argmin, np.argmax)]
+    any_row = [0] if data.offsets[data.held.start] < data.offsets[data.held.stop] else []
+    rows = np.unique(np.asarray(picked + any_row, np.int64))
+    return {key: machines.everyones(x[rows]) for key, x in data.arrays.items()}
 
 
 def _composed(options: Mapping[str, Any], model: Model) -> Algorithm:

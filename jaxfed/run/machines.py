@@ -96,6 +96,25 @@ def anyone(says: bool) -> bool:
     return says if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(says)).any())
 
 
+def shard() -> dict[str, int]:
+    """Whose rows this process reads, as loaders take it."""
+    return {"num_shards": jax.process_count(), "index": jax.process_index()}
+
+
+def everyones(rows: np.ndarray) -> np.ndarray:
+    """The rows ``[n, ...]`` of all processes, one's after the other's; ``n`` may differ. All ask at the same moment."""
+    if jax.process_count() == 1:
+        return rows
+    counts = multihost_utils.process_allgather(np.asarray(len(rows)))
+    # As bytes: on its way an array of JAX's would lose half of a wide number.
+    padded = np.zeros((int(counts.max()), *rows.shape[1:]), rows.dtype)
+    padded[: len(rows)] = rows
+    width = padded.size * padded.itemsize
+    everything = multihost_utils.process_allgather(np.ascontiguousarray(padded).reshape(-1).view(np.uint8).reshape(width))
+    gathered = np.ascontiguousarray(everything).view(rows.dtype).reshape(-1, *padded.shape)
+    return np.concatenate([own[:count] for own, count in zip(gathered, counts)])
+
+
 def leave(status: int) -> int:
     """The status, for a process that is alone or has parted from the others; any other one ends here, so that these notice.
 

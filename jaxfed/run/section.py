@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar, Self, dataclass_transform
 
 from jaxfed import checks
-from jaxfed.data.federated import scalar
+from jaxfed.data.rows import scalar
 
 Check = Callable[[str, Any], Any]
 """``check(path, value)`` returns what is stored, or raises TypeError or ValueError that begins with the path."""

@@ -1,6 +1,8 @@
 """From names to things, and the paths of what is wrong with them."""
 
 import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -176,3 +178,64 @@ def test_the_digest_sees_every_row_and_whose_it_is(table):
     ]
     assert len(set(digests)) == 3
     assert build.digest_of_data(from_arrays(arrays, whole.client_of_row)) == digests[0]
+
+
+def in_processes(count, function, monkeypatch):
+    """What the function is in each of several processes: threads that give to each other what processes would."""
+    own, barrier, given = threading.local(), threading.Barrier(count, timeout=60), [np.zeros(0)] * count
+
+    def everyones(rows):
+        given[own.process] = rows
+        barrier.wait()
+        found = np.concatenate(given)
+        barrier.wait()
+        return found
+
+    def process(number):
+        own.process = number
+        return function()
+
+    monkeypatch.setattr(jax, "process_count", lambda: count)
+    monkeypatch.setattr(jax, "process_index", lambda: own.process)
+    monkeypatch.setattr(build.machines, "everyones", everyones)
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(process, range(count)))
+
+
+def classes(model):
+    params, _ = jax.eval_shape(model.init, jax.random.key(0))
+    return params["Dense_0"]["bias"].size
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_each_process_has_its_own_clients_and_the_data_s_digest(table, count, monkeypatch):
+    config = RunConfig.from_dict(table)
+    whole = build.data(config)
+    digest, train = build.digest_of_data(whole), build.split(config, whole)[0]
+
+    def own():
+        data = build.data(config)
+        return data.held, build.digest_of_data(data), build.split(config, data)[0], build.model(config, data)
+
+    helds, digests, halves, models = zip(*in_processes(count, own, monkeypatch))
+    assert [client for held in helds for client in held] == list(range(5))
+    assert set(digests) == {digest}
+    for key, rows in train.arrays.items():
+        np.testing.assert_array_equal(np.concatenate([half.arrays[key] for half in halves]), rows)
+    assert {classes(model) for model in models} == {3}
+
+
+def test_a_label_of_one_process_alone_is_a_class_of_all(table, monkeypatch):
+    config = RunConfig.from_dict(table)
+    rows = jaxfed.FederatedData.from_arrays({"x": np.ones((4, 3), np.float32), "y": [0, 1, 6, 1]}, [0, 0, 1, 1])
+
+    def model():
+        return build.model(config, rows.shard(3, jax.process_index()))
+
+    assert [classes(made) for made in in_processes(3, model, monkeypatch)] == [7, 7, 7]
+
+
+def test_a_shard_trains_on_its_own_machine_alone(table):
+    built = build.build(RunConfig.from_dict(table)).simulation
+    with pytest.raises(ValueError, match="data: expected the rows of clients 0 to 4, this process's part of 1, got Federated"):
+        jaxfed.Simulation(built.algorithm, built.data.shard(2, 0), 3).init(key=jax.random.key(0))

@@ -83,6 +83,8 @@ def test_two_processes_are_one_and_go_on_after_a_death(table, tmp_path, capsys):
     assert [row["excluded"] for row in two] == [row["excluded"] for row in one]
     for name in ("loss", "update_norm"):
         np.testing.assert_allclose([row[name] for row in two], [row[name] for row in one], rtol=2e-5)
+    # Each process has read the rows of its own clients alone; the data are the same.
+    assert len({json.loads((tmp_path / name / "run.json").read_text())["data"] for name in ("one", "run")}) == 1
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("one", "run")]
     assert results[1]["loss"] == pytest.approx(results[0]["loss"], rel=2e-5)
 
