@@ -1,6 +1,7 @@
 """Traced programs: how they nest, and what their loops do (pure JAX)."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -18,7 +19,8 @@ class LoopWork(NamedTuple):
 
     Attributes:
         flops: Floating-point operations of its matrix products and convolutions; a multiplication with an addition counts as two.
-        curved: Numbers that pass through a function such as ``exp``, ``tanh`` or ``sqrt``.
+        curved: Numbers that pass through a function such as ``exp``, ``tanh`` or ``sqrt``, but for those that are only written
+            into a larger array.
     """
 
     flops: float
@@ -48,17 +50,30 @@ def loop_work(program: core.Jaxpr, depth: int) -> LoopWork:
         LoopWork(flops=54.0, curved=9.0)
     """
     flops = curved = 0.0
+    written = _written(program)
     for eqn in program.eqns:
         name = eqn.primitive.name
         if depth <= 0:
             flops += _FLOPS[name](eqn) if name in _FLOPS else 0.0
-            curved += _size(eqn) if name in _COSTLY else 0
+            curved += _size(eqn) if name in _COSTLY and eqn.outvars[0] not in written else 0
         # A loop over clients or steps runs as often as the data say; of a scan the program knows it.
         times = eqn.params["length"] if name == "scan" and depth <= 1 else 1
         for inner in inner_programs(eqn):
             more = loop_work(inner, depth - (name in ("while", "scan")))
             flops, curved = flops + times * more.flops, curved + times * more.curved
     return LoopWork(flops, curved)
+
+
+def _written(program: core.Jaxpr) -> set[Any]:
+    """The variables that nothing reads but what writes them into a larger array: they never take the place of another number."""
+    readers = Counter(id(value) for value in [*program.outvars, *(value for eqn in program.eqns for value in eqn.invars)])
+    written: set[Any] = set()
+    for eqn in reversed(program.eqns):
+        name, place = eqn.primitive.name, 1 if eqn.primitive.name == "dynamic_update_slice" else 0
+        if place or (name in ("broadcast_in_dim", "reshape") and eqn.outvars[0] in written):
+            value = eqn.invars[place]
+            written |= {value} if isinstance(value, core.Var) and readers[id(value)] == 1 else set()
+    return written
 
 
 def _product_flops(eqn: Any) -> float:

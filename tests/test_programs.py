@@ -31,6 +31,18 @@ def test_a_product_over_several_axes_and_calls_within_calls_count():
     assert found == (2 * 2 * 5 * 3 * 4, 2 * 5)
 
 
+def test_numbers_that_go_straight_into_a_larger_array_are_not_curved():
+    def write(value, table):
+        return jax.lax.dynamic_update_slice(table, value[None], (1, 0))
+
+    table = jnp.zeros((3, 4))
+    assert work(lambda x: write(jnp.tanh(x), table), jnp.ones(4), depth=0) == (0, 0)
+    assert work(lambda x: write(jnp.tanh(x), table) + jnp.exp(x)[None], jnp.ones(4), depth=0) == (0, 4)
+    # What is written into is no such number, and neither is one that something else reads too.
+    assert work(lambda x, t: write(x, jnp.tanh(t)), jnp.ones(4), table, depth=0) == (0, 12)
+    assert work(lambda x: (write(y := jnp.tanh(x), table), y * x), jnp.ones(4), depth=0) == (0, 4)
+
+
 def test_work_outside_of_the_loops_asked_for_does_not_count():
     def rounds(w, count):
         return jax.lax.fori_loop(0, count, lambda _, w: jnp.sqrt(w @ w), w)

@@ -25,8 +25,9 @@ class Rounds:
     """:func:`~jaxfed.engine.rounds.run_rounds`, compiled with the options that suit its arguments.
 
     A CPU's compiler has two ways to write a kernel. The older takes a third less time and 200 MB less, but a kernel that writes
-    over its own input, as an LSTM's state or Adam's moments do, goes number by number, which shows where a function such as
-    ``tanh`` is slower than memory. Models whose steps are matrix products take the older way.
+    over its own input, as Adam's moments and the gates of a recurrent cell do, goes number by number, which shows where a
+    function such as ``tanh`` is slower than memory. Models whose steps are matrix products take the older way; so do those with
+    the package's recurrent layers, which write gates elsewhere.
 
     Compiling a large program frees 200 MB that the C library keeps; they are given back before the program runs.
     """

@@ -7,6 +7,7 @@ and the kernels' gradient is one product after the loop:
     grad kernel = sum_t h_{t-1}^T d_t
 
 Every gate has a product of its own in the forward loop, on an XLA CPU backend a third faster than one product that is sliced.
+What the backward loop needs is written where it stays.
 The functions are reverse-mode differentiable, any number of times. :mod:`jaxfed.models.rnn` has them as Flax layers.
 
 References:
@@ -22,6 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 
 Arrays = tuple[jax.Array, ...]
+Keep = Callable[[jax.Array], jax.Array]
 
 
 class Kernels(NamedTuple):
@@ -62,7 +64,7 @@ def lstm(inputs: jax.Array, kernels: Kernels, carry: Arrays) -> Arrays:
     References:
         Hochreiter and Schmidhuber, `Long Short-Term Memory <https://doi.org/10.1162/neco.1997.9.8.1735>`_, 1997
     """
-    return _layer("lstm", _Cell(4, _lstm_forward, _lstm_backward), inputs, kernels, carry)
+    return _layer("lstm", _Cell(4, 5, _lstm_forward, _lstm_backward), inputs, kernels, carry)
 
 
 def gru(inputs: jax.Array, kernels: Kernels, carry: Arrays) -> Arrays:
@@ -90,7 +92,7 @@ def gru(inputs: jax.Array, kernels: Kernels, carry: Arrays) -> Arrays:
     References:
         Cho et al., `Learning Phrase Representations using RNN Encoder-Decoder <https://arxiv.org/abs/1406.1078>`_, 2014
     """
-    return _layer("gru", _Cell(3, _gru_forward, _gru_backward), inputs, kernels, carry)
+    return _layer("gru", _Cell(3, 4, _gru_forward, _gru_backward), inputs, kernels, carry)
 
 
 def simple(inputs: jax.Array, kernels: Kernels, carry: Arrays) -> Arrays:
@@ -113,54 +115,56 @@ def simple(inputs: jax.Array, kernels: Kernels, carry: Arrays) -> Arrays:
         >>> print(h)
         [[[0.7615942 0.7615942]]]
     """
-    return _layer("simple", _Cell(1, _simple_forward, _simple_backward), inputs, kernels, carry)
+    return _layer("simple", _Cell(1, 0, _simple_forward, _simple_backward), inputs, kernels, carry)
 
 
 class _Cell(NamedTuple):
     """The elementwise part of a step; the state h is the carry's last array.
 
-    ``forward(x, u, carry) -> (carry, saved)`` takes the gates' input and recurrent products.
+    ``forward(x, u, carry, keep) -> (carry, saved)`` takes the gates' input and recurrent products, and saves what it has kept.
     ``backward(saved, before, after, d) -> (d_x, d_u, d_before)`` gives one object for ``d_x`` and ``d_u`` where they are equal,
     and leaves the way through the products to its caller.
     """
 
     gates: int
+    saved: int
     forward: Callable
     backward: Callable
 
 
-def _lstm_forward(x: Arrays, u: Arrays, carry: Arrays) -> tuple[Arrays, Arrays]:
-    i, f, g, o = (a + b for a, b in zip(x, u))
-    i, f, g, o = jax.nn.sigmoid(i), jax.nn.sigmoid(f), jnp.tanh(g), jax.nn.sigmoid(o)
+def _lstm_forward(x: Arrays, u: Arrays, carry: Arrays, keep: Keep) -> tuple[Arrays, Arrays]:
+    functions = (lax.logistic, lax.logistic, lax.tanh, lax.logistic)
+    i, f, g, o = (keep(function(a + b)) for function, a, b in zip(functions, x, u))
     c = f * carry[0] + i * g
-    return (c, o * jnp.tanh(c)), (i, f, g, o)
+    t = keep(lax.tanh(c))
+    return (c, o * t), (i, f, g, o, t)
 
 
 def _lstm_backward(saved: Arrays, before: Arrays, after: Arrays, d: Arrays) -> tuple[Arrays, Arrays, tuple]:
-    i, f, g, o = saved
-    t = jnp.tanh(after[0])
+    del after
+    i, f, g, o, t = saved
     dc = d[0] + d[1] * o * (1 - t * t)
     gates = (dc * g * i * (1 - i), dc * before[0] * f * (1 - f), dc * i * (1 - g * g), d[1] * t * o * (1 - o))
     return gates, gates, (dc * f, 0)
 
 
-def _gru_forward(x: Arrays, u: Arrays, carry: Arrays) -> tuple[Arrays, Arrays]:
-    r, z = jax.nn.sigmoid(x[0] + u[0]), jax.nn.sigmoid(x[1] + u[1])
-    n = jnp.tanh(x[2] + r * u[2])
-    return ((1 - z) * n + z * carry[0],), (r, z, n, u[2])
+def _gru_forward(x: Arrays, u: Arrays, carry: Arrays, keep: Keep) -> tuple[Arrays, Arrays]:
+    r, z, last = keep(lax.logistic(x[0] + u[0])), keep(lax.logistic(x[1] + u[1])), keep(u[2])
+    n = keep(lax.tanh(x[2] + r * last))
+    return ((1 - z) * n + z * carry[0],), (r, z, last, n)
 
 
 def _gru_backward(saved: Arrays, before: Arrays, after: Arrays, d: Arrays) -> tuple[Arrays, Arrays, tuple]:
     del after
-    r, z, n, u = saved
+    r, z, last, n = saved
     dn = d[0] * (1 - z) * (1 - n * n)
-    dr, dz = dn * u * r * (1 - r), d[0] * (before[0] - n) * z * (1 - z)
+    dr, dz = dn * last * r * (1 - r), d[0] * (before[0] - n) * z * (1 - z)
     return (dr, dz, dn), (dr, dz, dn * r), (d[0] * z,)
 
 
-def _simple_forward(x: Arrays, u: Arrays, carry: Arrays) -> tuple[Arrays, Arrays]:
-    del carry
-    return (jnp.tanh(x[0] + u[0]),), ()
+def _simple_forward(x: Arrays, u: Arrays, carry: Arrays, keep: Keep) -> tuple[Arrays, Arrays]:
+    del carry, keep
+    return (lax.tanh(x[0] + u[0]),), ()
 
 
 def _simple_backward(saved: Arrays, before: Arrays, after: Arrays, d: Arrays) -> tuple[Arrays, Arrays, tuple]:
@@ -188,7 +192,8 @@ def _check(name: str, cell: _Cell, inputs: jax.Array, kernels: Kernels, carry: A
     for field, shapes, arrays in zip(Kernels._fields, expected, kernels):
         got = None if arrays is None else [a.shape for a in arrays]
         if got != shapes:
-            raise ValueError(f"{name}: expected kernels.{field} of shapes {shapes}, one for each gate, got {got}.")
+            given = got if got is None or len(got) <= cell.gates else f"{len(got)} arrays, the first of shape {got[0]}"
+            raise ValueError(f"{name}: expected kernels.{field} of shapes {shapes}, one for each gate, got {given}.")
     if any(state.shape != (batch, hidden) for state in carry):
         raise ValueError(f"{name}: expected a carry of shapes {(batch, hidden)}, got {[state.shape for state in carry]}.")
 
@@ -216,19 +221,62 @@ def _rows_product(a: jax.Array, b: jax.Array) -> jax.Array:
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recur(cell: _Cell, pre: jax.Array, kernels: Arrays, bias: Arrays | None, carry: Arrays) -> Arrays:
     """The carry after every step, from the input products ``pre`` ``[T, B, gates * h]``."""
-    return _forward(cell, pre, kernels, bias, carry)[0]
+    return _plainly(cell, pre, kernels, bias, carry)[0]
 
 
-def _forward(cell: _Cell, pre: jax.Array, kernels: Arrays, bias: Arrays | None, carry: Arrays) -> tuple[Arrays, Any]:
+def _forward(cell: _Cell, *operands: Any) -> tuple[Arrays, Any]:
+    found: Any = _recorded(cell, *operands)
+    return found[0], (*found, *operands[1:])
+
+
+def _step(cell: _Cell, x: jax.Array, kernels: Arrays, bias: Arrays | None, carry: Arrays, keep: Keep) -> tuple[Arrays, Arrays]:
+    products = tuple(carry[-1] @ kernel for kernel in kernels)
+    if bias is not None:
+        products = tuple(u + b[None] for u, b in zip(products, bias))
+    return cell.forward(tuple(jnp.split(x, cell.gates, axis=-1)), products, carry, keep)
+
+
+def _plainly(cell: _Cell, pre: jax.Array, kernels: Arrays, bias: Arrays | None, carry: Arrays) -> tuple[Arrays, Arrays]:
+    """The carry after every step and what is saved at every step, ``[T, B, h]`` each."""
+
     def step(carry: Arrays, x: jax.Array) -> tuple[Arrays, tuple[Arrays, Arrays]]:
-        products = tuple(carry[-1] @ kernel for kernel in kernels)
-        if bias is not None:
-            products = tuple(u + b[None] for u, b in zip(products, bias))
-        carry, saved = cell.forward(tuple(jnp.split(x, cell.gates, axis=-1)), products, carry)
+        carry, saved = _step(cell, x, kernels, bias, carry, lambda value: value)
         return carry, (carry, saved)
 
-    states, saved = lax.scan(step, carry, pre)[1]
-    return states, (states, saved, kernels, bias, carry)
+    return lax.scan(step, carry, pre)[1]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recorded(cell: _Cell, pre: jax.Array, kernels: Arrays, bias: Arrays | None, carry: Arrays) -> tuple[Arrays, Arrays]:
+    """As :func:`_plainly`; what is kept is written where it is saved, and read from there.
+
+    A CPU's kernel that writes over its own input, as one from a gate's product to the gate would, may go number by number.
+    """
+
+    def step(t: int, so_far: tuple[Arrays, Arrays]) -> tuple[Arrays, Arrays]:
+        carry, written = so_far[0], []
+
+        def keep(value: jax.Array) -> jax.Array:
+            array = lax.dynamic_update_slice(so_far[1][len(written)], lax.expand_dims(value, [0]), (t, 0, 0))
+            # Whoever reads the row would otherwise be given the value, before it is written.
+            written.append(lax.optimization_barrier(array))
+            return lax.dynamic_index_in_dim(written[-1], t, 0, keepdims=False)
+
+        x = lax.dynamic_index_in_dim(pre, t, 0, keepdims=False)
+        carry, _ = _step(cell, x, kernels, bias, carry, keep)
+        return tuple(map(keep, carry)), tuple(written)
+
+    room = jnp.zeros((len(pre), *carry[-1].shape), pre.dtype)
+    _, arrays = lax.fori_loop(0, len(pre), step, (carry, (room,) * (cell.saved + len(carry))))
+    return arrays[cell.saved :], arrays[: cell.saved]
+
+
+def _recorded_forward(cell: _Cell, *operands: Any) -> tuple[Any, Any]:
+    return jax.vjp(partial(_plainly, cell), *operands)
+
+
+# Only second derivatives come here: a loop that writes into whole arrays is dear to differentiate.
+_recorded.defvjp(_recorded_forward, lambda cell, pull, d_arrays: pull(d_arrays))
 
 
 def _backward(cell: _Cell, residuals: Any, d_states: Arrays) -> tuple:

@@ -7,6 +7,7 @@ import pytest
 
 import jaxfed
 from jaxfed.engine import compilation
+from jaxfed.models.recurrent import Kernels, lstm
 
 WIDTH = 160
 
@@ -17,6 +18,14 @@ def wide(params, batch, key):
 
 def curved(params, batch, key):
     return jnp.square(jnp.tanh(batch["x"] @ params["w"]) @ params["v"] - batch["y"])
+
+
+def recurring(params, batch, key):
+    pieces = jnp.split(params["w"][:128, :128], 4)  # four gates of 32
+    kernels = Kernels([piece[:, :32] for piece in pieces], [piece[:, 32:64] for piece in pieces], [jnp.zeros(32)] * 4)
+    carry = jnp.zeros((len(batch["x"]), 32))
+    _, h = lstm(jnp.moveaxis(batch["x"].reshape(-1, 5, 32), 1, 0), kernels, (carry, carry))
+    return jnp.square(h[-1] @ params["v"][:32] - batch["y"])
 
 
 def simulation(loss, lrate=0.01, width=WIDTH):
@@ -45,6 +54,8 @@ def test_products_and_small_models_are_compiled_quickly_and_curved_functions_tho
     assert chosen(monkeypatch, wide) is compilation._quickly(multi_thread=True)
     assert chosen(monkeypatch, wide, width=4) is compilation._quickly(multi_thread=False)
     assert chosen(monkeypatch, curved) is compilation._thoroughly
+    # The gates of an LSTM go where the backward loop finds them.
+    assert chosen(monkeypatch, recurring) is compilation._quickly(multi_thread=True)
     # Adam takes a root of every weight in every step.
     adam = jaxfed.Optimizer(0.01, modules=["adam"])
     assert chosen(monkeypatch, wide, lrate=adam) is compilation._thoroughly
