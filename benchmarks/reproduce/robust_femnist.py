@@ -2,7 +2,7 @@
 
 Softmax regression over 62 classes, 15 rounds of one epoch of rate 0.1 with batches of 10. The honest writers' test rows count. A
 rule that must be told a number of attackers is told the true one; Bulyan wants 4 f + 3 clients, so 30% attackers are too many.
-One seed and 15 rounds, for time: 40 rounds and two seeds were planned. Noise of standard deviation 1 had turned out too small
+15 rounds, for time: 40 were planned. The second seed came later, under the rules of the first. Noise of standard deviation 1 had turned out too small
 to break a mean, so two fresh seeds have large noise, by rules that were committed before those were run.
 """
 
@@ -23,7 +23,7 @@ from .federation import Federation, Numbers, Ours, Results, Row, Rule, Run, ever
 from .training import curve, trained
 
 FILES = ("femnist_leaf/femnist_leaf155.npz",)
-WRITERS, CLASSES, ROUNDS, SHARES, SEEDS, FRESH = 50, 62, 15, (10, 20, 30), (0,), (1, 2)
+WRITERS, CLASSES, ROUNDS, SHARES, SEEDS, FRESH = 50, 62, 15, (10, 20, 30), (0, 1), (1, 2)
 RULES = {
     "mean": lambda f: jaxfed.Mean("uniform"),
     "norm bounding": lambda f: jaxfed.NormBound(max_norm=1.0),
@@ -193,5 +193,5 @@ FEDERATION = Federation(
     rows=ROWS,
     draw=draw,
     files=FILES,
-    minutes=(16, 16),
+    minutes=(30, 30),
 )
