@@ -1,9 +1,9 @@
 """Which rules withstand which attacks: 50 writers of FEMNIST, of whom some attack in every round.
 
-Softmax regression over 62 classes, 15 rounds of one epoch of rate 0.1 with batches of 10. The honest writers' test rows count. A
-rule that must be told a number of attackers is told the true one; Bulyan wants 4 f + 3 clients, so 30% attackers are too many.
-For time; 40 rounds were planned. The second seed came later, under the rules of the first. Noise of standard deviation 1 had
-turned out too small to break a mean, so two fresh seeds have large noise, by rules that were committed before those were run.
+Softmax regression over 62 classes, 15 rounds (40 were planned) of one epoch of rate 0.1 with batches of 10. The honest writers'
+test rows count. A rule that must be told a number of attackers is told the true one; Bulyan wants 4 f + 3 clients, so 30%
+attackers are too many. The second seed came later, under the rules of the first. Noise of standard deviation 1 had turned out too
+small to break a mean, so two fresh seeds have large noise, by rules that were committed before those were run.
 """
 
 from functools import lru_cache
