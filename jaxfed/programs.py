@@ -21,10 +21,12 @@ class LoopWork(NamedTuple):
         flops: Floating-point operations of its matrix products and convolutions; a multiplication with an addition counts as two.
         curved: Numbers that pass through a function such as ``exp``, ``tanh`` or ``sqrt``, but for those that are only written
             into a larger array.
+        results: Numbers that its operations give, a loop's own two included.
     """
 
     flops: float
     curved: float
+    results: float
 
 
 def inner_programs(eqn: Any) -> Iterator[core.Jaxpr]:
@@ -47,21 +49,22 @@ def loop_work(program: core.Jaxpr, depth: int) -> LoopWork:
         >>> def steps(w, count):
         ...     return jax.lax.fori_loop(0, count, lambda _, w: jnp.tanh(w @ w), jnp.exp(w))
         >>> loop_work(jax.make_jaxpr(steps)(jnp.ones((3, 3)), 5).jaxpr, depth=1)
-        LoopWork(flops=54.0, curved=9.0)
+        LoopWork(flops=54.0, curved=9.0, results=20.0)
     """
-    flops = curved = 0.0
+    flops = curved = results = 0.0
     written = _written(program)
     for eqn in program.eqns:
-        name = eqn.primitive.name
+        name, programs = eqn.primitive.name, list(inner_programs(eqn))
         if depth <= 0:
             flops += _FLOPS[name](eqn) if name in _FLOPS else 0.0
             curved += _size(eqn) if name in _COSTLY and eqn.outvars[0] not in written else 0
+            results += 0 if programs else _results(eqn)
         # A loop over clients or steps runs as often as the data say; of a scan the program knows it.
         times = eqn.params["length"] if name == "scan" and depth <= 1 else 1
-        for inner in inner_programs(eqn):
+        for inner in programs:
             more = loop_work(inner, depth - (name in ("while", "scan")))
-            flops, curved = flops + times * more.flops, curved + times * more.curved
-    return LoopWork(flops, curved)
+            flops, curved, results = (a + times * b for a, b in zip((flops, curved, results), more))
+    return LoopWork(flops, curved, results)
 
 
 def _written(program: core.Jaxpr) -> set[Any]:
@@ -84,6 +87,14 @@ def _product_flops(eqn: Any) -> float:
 def _convolution_flops(eqn: Any) -> float:
     kernel = eqn.invars[1].aval
     return 2.0 * _size(eqn) * kernel.size / kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
+
+
+def _results(eqn: Any) -> int:
+    if eqn.primitive.name == "optimization_barrier":
+        return 0
+    # What is written into a larger array leaves the rest of it as it is.
+    given = eqn.invars[1:2] if eqn.primitive.name == "dynamic_update_slice" else eqn.outvars
+    return sum(math.prod(getattr(value.aval, "shape", ())) for value in given)
 
 
 _FLOPS = {"dot_general": _product_flops, "conv_general_dilated": _convolution_flops}

@@ -19,6 +19,11 @@ _STEP = 3
 # A number that passes through tanh or sqrt takes 3 ns longer in a scalar loop, in which a core multiplies 500 numbers. Where
 # products outweigh them so many times, a step takes 2% longer at most.
 _OUTWEIGHED = 25_000
+# Handing a part of an operation to another core takes several microseconds. Where a step's operations give fewer numbers than
+# this in all, that is lost: on two cores rounds then take 10% to 30% less time on one thread.
+_HANDED_OVER = 400_000
+# XLA takes a gather for one that reads its whole table, so with many clients it would hand over the half of ten numbers.
+_ONE_THREAD = {"xla_cpu_multi_thread_eigen": False, "xla_disable_hlo_passes": "cpu-parallel-task-assigner"}
 
 
 class Rounds:
@@ -28,6 +33,8 @@ class Rounds:
     over its own input, as Adam's moments and the gates of a recurrent cell do, goes number by number, which shows where a
     function such as ``tanh`` is slower than memory. Models whose steps are matrix products take the older way; so do those with
     the package's recurrent layers, which write gates elsewhere.
+
+    Small steps run on one thread: what they would hand to another core is done before that one has begun.
 
     Compiling a large program frees 200 MB that the C library keeps; they are given back before the program runs.
     """
@@ -48,26 +55,22 @@ class Rounds:
 
 def rounds_program(*arguments: Any, **options: int) -> Any:
     """The jitted function of which :class:`Rounds` takes the program."""
+    default = _program(quickly=False, multi_thread=True)
     if jax.default_backend() != "cpu":
-        return _thoroughly
-    # Operations of a small model take less time than to hand a part of them to another core.
-    if is_small(arguments[1].params):
-        return _quickly(multi_thread=False)
-    work = loop_work(_thoroughly.trace(*arguments, **options).jaxpr.jaxpr, _STEP)
-    return _quickly(multi_thread=True) if work.flops > _OUTWEIGHED * work.curved else _thoroughly
-
-
-_thoroughly = jax.jit(run_rounds, **_OPTIONS)
+        return default
+    work = loop_work(default.trace(*arguments, **options).jaxpr.jaxpr, _STEP)
+    quickly = is_small(arguments[1].params) or work.flops > _OUTWEIGHED * work.curved
+    return _program(quickly=quickly, multi_thread=work.results > _HANDED_OVER)
 
 
 @cache
-def _quickly(*, multi_thread: bool) -> Any:
-    threads = {} if multi_thread else {"xla_cpu_multi_thread_eigen": False}
-    return jax.jit(run_rounds, compiler_options=threads | _if_known({"xla_cpu_use_fusion_emitters": False}), **_OPTIONS)
+def _program(*, quickly: bool, multi_thread: bool) -> Any:
+    wanted = ({"xla_cpu_use_fusion_emitters": False} if quickly else {}) | ({} if multi_thread else _ONE_THREAD)
+    return jax.jit(run_rounds, compiler_options=_if_known(wanted) or None, **_OPTIONS)
 
 
 @cache
-def _known(option: str, value: bool) -> bool:
+def _known(option: str, value: bool | str) -> bool:
     try:
         jax.jit(lambda: 0, compiler_options={option: value}).lower().compile()
     except jax.errors.JaxRuntimeError:
@@ -75,7 +78,7 @@ def _known(option: str, value: bool) -> bool:
     return True
 
 
-def _if_known(options: dict[str, bool]) -> dict[str, bool]:
+def _if_known(options: dict[str, Any]) -> dict[str, Any]:
     """Those of the options that this version of XLA has."""
     return {option: value for option, value in options.items() if _known(option, value)}
 

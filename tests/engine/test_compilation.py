@@ -28,6 +28,10 @@ def recurring(params, batch, key):
     return jnp.square(h[-1] @ params["v"][:32] - batch["y"])
 
 
+def linear(params, batch, key):
+    return jnp.square(batch["x"] @ params - batch["y"])
+
+
 def simulation(loss, lrate=0.01, width=WIDTH):
     rng = np.random.default_rng(0)
     clients = np.repeat(np.arange(4), (3, 5, 1, 4))
@@ -51,20 +55,39 @@ def chosen(monkeypatch, loss, **options):
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="Only a CPU's compiler has two ways.")
 def test_products_and_small_models_are_compiled_quickly_and_curved_functions_thoroughly(monkeypatch):
-    assert chosen(monkeypatch, wide) is compilation._quickly(multi_thread=True)
-    assert chosen(monkeypatch, wide, width=4) is compilation._quickly(multi_thread=False)
-    assert chosen(monkeypatch, curved) is compilation._thoroughly
+    quickly, thoroughly = (compilation._program(quickly=quickly, multi_thread=False) for quickly in (True, False))
+    assert chosen(monkeypatch, wide) is quickly
+    assert chosen(monkeypatch, wide, width=4) is quickly
+    assert chosen(monkeypatch, curved) is thoroughly
     # The gates of an LSTM go where the backward loop finds them.
-    assert chosen(monkeypatch, recurring) is compilation._quickly(multi_thread=True)
+    assert chosen(monkeypatch, recurring) is quickly
     # Adam takes a root of every weight in every step.
     adam = jaxfed.Optimizer(0.01, modules=["adam"])
-    assert chosen(monkeypatch, wide, lrate=adam) is compilation._thoroughly
+    assert chosen(monkeypatch, wide, lrate=adam) is compilation._program(quickly=False, multi_thread=True)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="Only on a CPU are there threads to hand work to.")
+def test_only_steps_that_write_much_hand_parts_of_it_to_other_cores(monkeypatch):
+    # Weights, their gradient and their update are 160,000 numbers each.
+    assert chosen(monkeypatch, wide, width=400) is compilation._program(quickly=True, multi_thread=True)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="Only on a CPU are there threads to hand work to.")
+def test_a_large_population_does_not_make_small_steps_hand_work_over():
+    count = 100_000
+    rows = {"x": np.ones((count, 10), np.float32), "y": np.ones(count, np.float32)}
+    data = jaxfed.FederatedData(rows, np.arange(count + 1), np.arange(count))
+    built = jaxfed.Simulation(jaxfed.scaffold(linear, lrate=0.1, batch_size=2), data, cohort_size=20, chunk=1)
+    arguments, options = built._arguments(built.population, built.init(jnp.zeros(10), key=jax.random.key(0)), 1, 1)
+    program = compilation.rounds_program(*arguments, **options)
+    # How XLA writes that an operation's result is cut into parts for several threads.
+    assert "outer_dimension_partitions" not in program.lower(*arguments, **options).compile().as_text()
 
 
 def test_both_ways_train_alike(monkeypatch):
     built, state = simulation(wide)
     quick, _ = built.run(state, rounds=3)
-    monkeypatch.setattr(compilation, "rounds_program", lambda *a, **k: compilation._thoroughly)
+    monkeypatch.setattr(compilation, "rounds_program", lambda *a, **k: compilation._program(quickly=False, multi_thread=True))
     built, state = simulation(wide)
     thorough, _ = built.run(state, rounds=3)
     # Kernels may add up in another order.
