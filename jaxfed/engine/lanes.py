@@ -1,5 +1,6 @@
 """Clients of any number in fixed memory on one device: waves of L side by side."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -109,7 +110,12 @@ def _first(lanes: Lane, table: Any) -> tuple[Lane, Any]:
 
 
 def _take(table: Any, places: jax.Array) -> Any:
-    return jax.tree.map(lambda x: x[jnp.clip(places, 0, x.shape[0] - 1)], table)
+    def rows(x: jax.Array) -> jax.Array:
+        # A row in one piece: copied axis by axis, a row that is in no cache is waited for again and again.
+        pieces = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+        return pieces[jnp.clip(places, 0, x.shape[0] - 1)].reshape(*places.shape, *x.shape[1:])
+
+    return jax.tree.map(rows, table)
 
 
 def _put(table: Any, places: jax.Array, rows: Any) -> Any:
