@@ -48,26 +48,30 @@ def points(what: list[str]) -> list[Point]:
     return [{"what": name, **point} for name in what for point in found[name]]
 
 
-def take_turns(point: Point, rounds: int) -> list[float]:
-    """The median seconds of a round, ten in a call, for each of the populations, a call of each in turn."""
+def take_turns(point: Point, rounds: int) -> dict[str, list[float]]:
+    """The median seconds of a round for each of the populations, a call of each in turn: ten rounds in a call, and one."""
     import jax
 
     runs = []
     for population in POPULATIONS:
         simulation, params = _simulation(point | {"population": population})
-        state = simulation.init(params, key=jax.random.key(0))
+        runs.append((simulation, simulation.init(params, key=jax.random.key(0))))
+    found = {}
+    for name, chunk in (("in_turn_s", 10), ("one_in_turn_s", 1)):
+        calls = [simulation.chunks(state, rounds=chunk * (5 * rounds + 1), chunk=chunk) for simulation, state in runs]
         # The first call compiles, and sends the data to the device.
-        runs.append(simulation.chunks(state, rounds=10 * (5 * rounds + 1), chunk=10))
-        next(runs[-1])
-    times = [[_seconds_of(run) / 10 for run in runs] for _ in range(5 * rounds)]
-    return [round(statistics.median(column), 6) for column in zip(*times)]
+        for call in calls:
+            next(call)
+        times = [[_seconds_of(call) / chunk for call in calls] for _ in range(5 * rounds)]
+        found[name] = [round(statistics.median(column), 6) for column in zip(*times)]
+    return found
 
 
-def _seconds_of(run: Any) -> float:
+def _seconds_of(call: Any) -> float:
     import jax
 
     began = time.perf_counter()
-    state, _ = next(run)
+    state, _ = next(call)
     jax.block_until_ready(state)
     return time.perf_counter() - began
 
@@ -134,13 +138,14 @@ def run_point(point: Point, rounds: int) -> Point:
         return line
     kind = json.dumps({key: value for key, value in point.items() if key != "population"}, sort_keys=True)
     found = _in_turn(kind, rounds)
-    return found if "error" in found else line | {"in_turn_s": found["seconds"][POPULATIONS.index(point["population"])]}
+    if "error" in found:
+        return found
+    return line | {name: seconds[POPULATIONS.index(point["population"])] for name, seconds in found.items()}
 
 
 @functools.cache
 def _in_turn(kind: str, rounds: int) -> Any:
-    found = _in_process(json.loads(kind), rounds, "--turns")
-    return found if isinstance(found, dict) else {"seconds": found}
+    return _in_process(json.loads(kind), rounds, "--turns")
 
 
 def _in_process(point: Point, rounds: int, *options: str) -> Any:

@@ -275,10 +275,10 @@ def test_populations_take_turns(load, monkeypatch):
     scaling = load("scaling")
     monkeypatch.setattr(scaling, "POPULATIONS", (10, 20))
     point = scaling.points(["population"])[0] | {"cohort": 5}
-    # Five calls of ten rounds for each population, in turn.
-    seconds = iter([10, 90, 20, 80, 30, 70, 40, 60, 50, 50])
-    monkeypatch.setattr(scaling, "_seconds_of", lambda run: next(seconds))
-    assert scaling.take_turns(point, 1) == [3, 7]
+    # Five calls of ten rounds for each population, in turn, then five of one.
+    seconds = iter([10, 90, 20, 80, 30, 70, 40, 60, 50, 50, 1, 9, 2, 8, 3, 7, 4, 6, 5, 5])
+    monkeypatch.setattr(scaling, "_seconds_of", lambda call: next(seconds))
+    assert scaling.take_turns(point, 1) == {"in_turn_s": [3, 7], "one_in_turn_s": [3, 7]}
 
 
 def test_scaling_goes_on_where_it_was_killed_and_draws(load, tmp_path):
