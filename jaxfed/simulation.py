@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxfed import checks, part, trees
 from jaxfed.base import Broadcast, Model, Params, RunState, Selector
@@ -342,7 +343,7 @@ class Simulation:
         state = self.devices.place(state, state_layout(state, self.devices))
         rest = state._replace(kept=(), seen=())  # type: ignore[arg-type]
         parts, tables = (self.algorithm, self.selector, population), (state.kept, state.seen)
-        return (parts, rest, tables, jnp.asarray(rounds, jnp.int32)), {"chunk": chunk, "lanes": self.lanes(state.params)}
+        return (parts, rest, tables, np.int32(rounds)), {"chunk": chunk, "lanes": self.lanes(state.params)}
 
     def _check_rows(self, where: str, data: Any) -> FederatedData:
         if checks.instance(where, data, FederatedData).num_examples == 0:

@@ -156,7 +156,7 @@ class Devices:
         """Puts arrays where they belong; what lies there already stays. Every process gives the same values."""
         if self.mesh is None:
             return jax.tree.map(_gathered, tree)
-        return jax.tree.map(lambda x, spec: _like_data(lambda data: _put(data, self.sharding(spec)), x), tree, specs)
+        return jax.tree.map(lambda x, spec: _put(x, self.sharding(spec)), tree, specs)
 
     def place_blocks(self, block: Callable[[int], Any], length: int, spec: PartitionSpec = BY_MACHINE) -> jax.Array:
         """An array ``[machines * length, ...]`` of the rows ``block(machine)``; a process is only asked for its own."""
@@ -284,8 +284,13 @@ def _gathered(x: Any) -> jax.Array:
 
 
 def _put(x: Any, sharding: NamedSharding) -> jax.Array:
-    if isinstance(x, jax.Array) and x.sharding.is_equivalent_to(sharding, x.ndim):
+    # Before every call: what lies there is told at once, by the first question nearly always.
+    if isinstance(x, jax.Array) and (x.sharding == sharding or x.sharding.is_equivalent_to(sharding, x.ndim)):
         return x
+    return _like_data(lambda data: _moved(data, sharding), x)
+
+
+def _moved(x: Any, sharding: NamedSharding) -> jax.Array:
     if jax.process_count() == 1:
         return jax.device_put(x, sharding)
     x = jnp.asarray(x)
