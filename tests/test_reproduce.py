@@ -91,9 +91,9 @@ def test_a_row_counts_the_seeds_that_it_names(load):
 # ---- the table
 
 
-def cells(load, lines, missing=(), rule=None, reference=0.52):
+def cells(load, lines, missing=(), rule=None, reference=0.52, **options):
     federation = load("federation")
-    row = federation.Row("a", "here", "accuracy", reference, "a paper", rule or federation.within(0.1), "Known.")
+    row = federation.Row("a", "here", "accuracy", reference, "a paper", rule or federation.within(0.1), "Known.", **options)
     return load("table").cells(toy(load, [], [row]), lines, list(missing))[0]
 
 
@@ -118,6 +118,14 @@ def test_whole_runs_are_reported_before_shortened_ones(load):
     assert "Shortened" in cells(load, short)["remark"]
     both = cells(load, [*short, line("a", 0, accuracy=0.6)])
     assert (both["ours"], both["remark"]) == (0.6, "Known.")
+
+
+def test_a_few_whole_runs_do_not_hide_the_shortened_ones(load):
+    """But for a row that asks for them."""
+    lines = [line("a", 0, whole=False, accuracy=0.4), line("b", 0, whole=False, accuracy=0.4), line("a", 0, accuracy=0.6)]
+    assert cells(load, lines)["ours"] == 0.4
+    whole = cells(load, lines, whole=True)
+    assert (whole["ours"], whole["setting"], whole["remark"]) == (0.6, "here, whole", "Known.")
 
 
 def test_page_and_lines_hold_every_row(load):

@@ -111,6 +111,7 @@ class Row:
         remark: What a reader needs to know, such as why it does not hold.
         ours: The values, one for each seed, where they are not simply that metric of those runs.
         seeds: Those that count: a rule that was written down after some seeds had been seen is held to fresh ones. None: all.
+        whole: Of whole runs alone, where the other rows are still of shortened ones.
     """
 
     method: str
@@ -122,6 +123,7 @@ class Row:
     remark: str = ""
     ours: Ours | None = None
     seeds: Collection[int] | None = None
+    whole: bool = False
 
     def values(self, results: Results) -> list[float]:
         """Ours, one for each seed; none as long as one of the seeds that it names has not been run."""

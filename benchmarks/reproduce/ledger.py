@@ -29,6 +29,11 @@ def done(lines: list[Line], whole: bool) -> set[Run]:
 
 
 def latest(lines: list[Line]) -> tuple[list[Line], bool]:
-    """The lines to report, and whether they are whole runs: those if there are any, else the shortened ones."""
-    whole = any(line["whole"] for line in lines)
-    return [line for line in lines if line["whole"] == whole], whole
+    """The lines to report, and whether they are whole runs: those once they are as many as the shortened ones."""
+    whole, short = of_form(lines, True), of_form(lines, False)
+    return (whole, True) if whole and len(whole) >= len(short) else (short, False)
+
+
+def of_form(lines: list[Line], whole: bool) -> list[Line]:
+    """The whole runs, or the shortened ones."""
+    return [line for line in lines if line["whole"] == whole]

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from .federation import Federation, Line, Results, Row
-from .ledger import latest
+from .ledger import latest, of_form
 
 Cells = dict[str, Any]
 COLUMNS = ("federation", "method", "setting", "metric", "ours", "reference", "source", "rule", "holds", "remark")
@@ -20,9 +20,13 @@ def cells(federation: Federation, lines: list[Line], missing: list[str]) -> list
         lines: Its finished runs.
         missing: The files that it needs and that are not there.
     """
-    lines, whole = latest(lines)
-    results, note = Results(lines), "" if whole or not lines else "Shortened form."
-    return [_cells(federation, row, row.values(results), missing, note) for row in federation.rows]
+    shown, whole = latest(lines)
+    results, whole_results = Results(shown), Results(of_form(lines, True))
+    note = "" if whole or not shown else "Shortened form."
+    return [
+        _cells(federation, row, row.values(whole_results if row.whole else results), missing, "" if row.whole else note)
+        for row in federation.rows
+    ]
 
 
 def _cells(federation: Federation, row: Row, values: list[float], missing: list[str], note: str) -> Cells:
@@ -34,7 +38,7 @@ def _cells(federation: Federation, row: Row, values: list[float], missing: list[
     return {
         "federation": federation.name,
         "method": row.method,
-        "setting": row.setting,
+        "setting": f"{row.setting}, whole" if row.whole else row.setting,
         "metric": row.metric,
         "ours": statistics.fmean(values) if values else None,
         "spread": statistics.stdev(values) if len(values) > 1 else None,
