@@ -183,12 +183,17 @@ def draw(figure: Any, results: Results) -> None:
 FEDERATION = Federation(
     name="robust-femnist",
     title="Test accuracy in percent by rule of aggregation and attack: 50 writers of FEMNIST, 62 classes",
-    runs=[
-        Run(rule, where, seed)
-        for seed, (where, (_, share)), rule in product(SEEDS, SETTINGS.items(), RULES)
-        if possible(rule, share)
-    ]
-    + [Run(rule, where, seed) for seed, where, rule in product(FRESH, ANEW, ("mean", *SOURCES))],
+    runs=list(
+        dict.fromkeys(
+            [
+                Run(rule, where, s)
+                for s, (where, (_, share)), rule in product(SEEDS, SETTINGS.items(), RULES)
+                if possible(rule, share)
+            ]
+            # Where nobody attacks these are the runs of a seed of both.
+            + [Run(rule, where, seed) for seed, where, rule in product(FRESH, ANEW, ("mean", *SOURCES))]
+        )
+    ),
     train=train,
     rows=ROWS,
     draw=draw,
