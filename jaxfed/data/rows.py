@@ -62,10 +62,12 @@ def by_client(ids: np.ndarray, num_clients: int | None) -> tuple[np.ndarray, np.
 
 
 def offsets_of(sizes: np.ndarray) -> np.ndarray:
+    """Where each client's rows begin, and the end of the last: ``[N]`` sizes to ``[N+1]``."""
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
 def frozen(array: np.ndarray) -> np.ndarray:
+    """The same numbers, not writable."""
     # The flag of a view leaves the caller's array writable.
     view = array.view()
     view.flags.writeable = False
@@ -85,10 +87,12 @@ def taken(array: np.ndarray, order: np.ndarray) -> np.ndarray:
 
 
 def row_type(array: np.ndarray) -> str:
+    """Dtype and shape of a row, for people."""
     return f"{array.dtype}[{', '.join(str(size) for size in array.shape[1:])}]"
 
 
 def checked_ids(client_ids: Any) -> np.ndarray:
+    """Ids ``[examples]`` as an array of integers or strings."""
     ids = _plain("client_ids", client_ids)
     if ids.ndim != 1 or len(ids) == 0:
         raise ValueError(f"client_ids must be 1-D with one id per example and one example or more, got {ids.shape}.")
@@ -133,6 +137,7 @@ def _checked_array(key: Any, value: Any, rows: np.ndarray, owner: str) -> np.nda
 
 
 def checked_mask(where: str, mask: np.ndarray, rows: int, kinds: str) -> np.ndarray:
+    """A mask of rows as bools; ``kinds`` are NumPy's letters of the dtypes that may say it."""
     if mask.dtype.kind not in kinds or mask.shape != (rows,):
         wanted = "bools" if kinds == "b" else "0 and 1"
         raise ValueError(f"{where} must be {wanted} of shape ({rows},), got {mask.dtype} of shape {mask.shape}.")
