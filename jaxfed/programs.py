@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -15,18 +15,21 @@ _COSTLY = frozenset(
 
 
 class LoopWork(NamedTuple):
-    """What one pass through the innermost loops of a program does, a ``scan`` within counted as often as it runs.
+    """What one pass through the innermost loops of a program does; of loops within, a scan counts as often as it runs.
 
     Attributes:
         flops: Floating-point operations of its matrix products and convolutions; a multiplication with an addition counts as two.
+            Those of an inner loop over the rows of an array count for every row.
         curved: Numbers that pass through a function such as ``exp``, ``tanh`` or ``sqrt``, but for those that are only written
-            into a larger array.
+            into a larger array. They count like flops.
         results: Numbers that its operations give, a loop's own two included.
+        carried: Numbers that one pass hands to the next.
     """
 
     flops: float
     curved: float
     results: float
+    carried: float
 
 
 def inner_programs(eqn: Any) -> Iterator[core.Jaxpr]:
@@ -49,9 +52,9 @@ def loop_work(program: core.Jaxpr, depth: int) -> LoopWork:
         >>> def steps(w, count):
         ...     return jax.lax.fori_loop(0, count, lambda _, w: jnp.tanh(w @ w), jnp.exp(w))
         >>> loop_work(jax.make_jaxpr(steps)(jnp.ones((3, 3)), 5).jaxpr, depth=1)
-        LoopWork(flops=54.0, curved=9.0, results=20.0)
+        LoopWork(flops=54.0, curved=9.0, results=20.0, carried=11.0)
     """
-    flops = curved = results = 0.0
+    flops = curved = results = carried = 0.0
     written = _written(program)
     for eqn in program.eqns:
         name, programs = eqn.primitive.name, list(inner_programs(eqn))
@@ -59,12 +62,21 @@ def loop_work(program: core.Jaxpr, depth: int) -> LoopWork:
             flops += _FLOPS[name](eqn) if name in _FLOPS else 0.0
             curved += _size(eqn) if name in _COSTLY and eqn.outvars[0] not in written else 0
             results += 0 if programs else _results(eqn)
-        # A loop over clients or steps runs as often as the data say; of a scan the program knows it.
-        times = eqn.params["length"] if name == "scan" and depth <= 1 else 1
+        elif depth == 1 and name in _LOOPS:
+            carried += _numbers(eqn.outvars[: eqn.params.get("num_carry")])
+        length = eqn.params["length"] if name == "scan" and depth <= 1 else 1
+        times = _rows_of(eqn) if name == "while" and depth <= 0 else length
         for inner in programs:
-            more = loop_work(inner, depth - (name in ("while", "scan")))
-            flops, curved, results = (a + times * b for a, b in zip((flops, curved, results), more))
-    return LoopWork(flops, curved, results)
+            more = loop_work(inner, depth - (name in _LOOPS))
+            flops, curved = flops + times * more.flops, curved + times * more.curved
+            results, carried = results + length * more.results, carried + more.carried
+    return LoopWork(flops, curved, results, carried)
+
+
+def _rows_of(loop: Any) -> int:
+    """How often a loop over the rows of an array runs at most; others may run as often as they like and count once."""
+    pieces = [eqn for eqn in loop.params["body_jaxpr"].jaxpr.eqns if eqn.primitive.name == "dynamic_slice"]
+    return max((eqn.invars[0].aval.shape[0] // max(1, eqn.outvars[0].aval.shape[0]) for eqn in pieces), default=1)
 
 
 def _written(program: core.Jaxpr) -> set[Any]:
@@ -93,10 +105,14 @@ def _results(eqn: Any) -> int:
     if eqn.primitive.name == "optimization_barrier":
         return 0
     # What is written into a larger array leaves the rest of it as it is.
-    given = eqn.invars[1:2] if eqn.primitive.name == "dynamic_update_slice" else eqn.outvars
-    return sum(math.prod(getattr(value.aval, "shape", ())) for value in given)
+    return _numbers(eqn.invars[1:2] if eqn.primitive.name == "dynamic_update_slice" else eqn.outvars)
 
 
+def _numbers(values: Sequence[Any]) -> int:
+    return sum(math.prod(getattr(value.aval, "shape", ())) for value in values)
+
+
+_LOOPS = ("while", "scan")
 _FLOPS = {"dot_general": _product_flops, "conv_general_dilated": _convolution_flops}
 
 

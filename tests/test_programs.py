@@ -50,15 +50,15 @@ def test_of_an_array_that_is_written_into_only_what_is_written_counts():
     def write(value, table):
         return jax.lax.optimization_barrier(jax.lax.dynamic_update_slice(table, value, (1, 0)))
 
-    assert work(lambda x, t: write(-x, t), jnp.ones((1, 4)), jnp.zeros((100, 4)), depth=0) == (0, 0, 4 + 4)
+    assert work(lambda x, t: write(-x, t), jnp.ones((1, 4)), jnp.zeros((100, 4)), depth=0) == (0, 0, 4 + 4, 0)
 
 
 def test_work_outside_of_the_loops_asked_for_does_not_count():
     def rounds(w, count):
         return jax.lax.fori_loop(0, count, lambda _, w: jnp.sqrt(w @ w), w)
 
-    assert work(rounds, jnp.ones((3, 3)), 3, depth=1) == (54, 9, 9 + 9 + COUNTER)
-    assert work(rounds, jnp.ones((3, 3)), 3, depth=2) == (0, 0, 0)
+    assert work(rounds, jnp.ones((3, 3)), 3, depth=1) == (54, 9, 9 + 9 + COUNTER, 9 + COUNTER)
+    assert work(rounds, jnp.ones((3, 3)), 3, depth=2) == (0, 0, 0, 0)
 
 
 def test_results_count_once_and_not_again_for_the_call_or_loop_around_it():
@@ -74,4 +74,26 @@ def test_results_count_once_and_not_again_for_the_call_or_loop_around_it():
         return jax.lax.fori_loop(0, count, step, x)
 
     zeros, additions, spread, products = 3, 4 * 3, 4 * 3, 4 * 3
-    assert work(steps, jnp.ones((4, 3)), 5, depth=1) == (0, 0, zeros + additions + spread + products + COUNTER)
+    assert work(steps, jnp.ones((4, 3)), 5, depth=1)[:3] == (0, 0, zeros + additions + spread + products + COUNTER)
+
+
+def test_an_inner_loop_over_rows_counts_for_each_of_them():
+    def steps(w, x, count):
+        def row(i, total):
+            return total + jax.lax.dynamic_slice(x, (2 * i, 0), (2, 3)) @ w
+
+        def step(_, w):
+            return w + jax.lax.fori_loop(0, jnp.int32(w[0, 0]), row, jnp.zeros((2, 3))).sum()
+
+        return jax.lax.fori_loop(0, count, step, w)
+
+    found = work(steps, jnp.ones((3, 3)), jnp.ones((8, 3)), 5, depth=1)
+    assert found.flops == 4 * 2 * 2 * 3 * 3
+    assert found.carried == 9 + COUNTER
+
+
+def test_of_a_scan_the_results_are_not_carried():
+    def steps(w):
+        return jax.lax.scan(lambda w, _: (2 * w, jnp.ones(100)), w, None, length=7)
+
+    assert work(steps, jnp.ones((3, 3)), depth=1).carried == 9

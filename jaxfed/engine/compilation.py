@@ -16,9 +16,9 @@ from jaxfed.programs import loop_work
 _OPTIONS: dict[str, Any] = {"static_argnames": ("chunk", "lanes"), "donate_argnames": ("tables",)}
 # Rounds, clients, steps: what lies inside of three loops is done in every local step.
 _STEP = 3
-# A number that passes through tanh or sqrt takes 3 ns longer in a scalar loop, in which a core multiplies 500 numbers. Where
-# products outweigh them so many times, a step takes 2% longer at most.
-_OUTWEIGHED = 25_000
+# Nanoseconds that a number takes longer in a scalar loop, where it passes through tanh or sqrt and where it is only added to, as
+# weights are in every step; and the flops of a core in a nanosecond. So much of its time a step may lose.
+_CURVED, _CARRIED, _FLOPS, _LOST = 3.0, 0.4, 100.0, 0.05
 # Handing a part of an operation to another core takes several microseconds. Where a step's operations give fewer numbers than
 # this in all, that is lost: on two cores rounds then take 10% to 30% less time on one thread.
 _HANDED_OVER = 400_000
@@ -30,9 +30,9 @@ class Rounds:
     """:func:`~jaxfed.engine.rounds.run_rounds`, compiled with the options that suit its arguments.
 
     A CPU's compiler has two ways to write a kernel. The older takes a third less time and 200 MB less, but a kernel that writes
-    over its own input, as Adam's moments and the gates of a recurrent cell do, goes number by number, which shows where a
-    function such as ``tanh`` is slower than memory. Models whose steps are matrix products take the older way; so do those with
-    the package's recurrent layers, which write gates elsewhere.
+    over its own input, as those of weights, of Adam's moments and of a recurrent cell's gates do, goes number by number. Where
+    products take nearly all of a step's time its program takes the older way; so do those with the package's recurrent layers,
+    which write gates elsewhere.
 
     Small steps run on one thread: what they would hand to another core is done before that one has begun.
 
@@ -59,7 +59,8 @@ def rounds_program(*arguments: Any, **options: int) -> Any:
     if jax.default_backend() != "cpu":
         return default
     work = loop_work(default.trace(*arguments, **options).jaxpr.jaxpr, _STEP)
-    quickly = is_small(arguments[1].params) or work.flops > _OUTWEIGHED * work.curved
+    lost = _CURVED * work.curved + _CARRIED * work.carried
+    quickly = is_small(arguments[1].params) or lost < _LOST * work.flops / _FLOPS
     return _program(quickly=quickly, multi_thread=work.results > _HANDED_OVER)
 
 

@@ -32,12 +32,12 @@ def linear(params, batch, key):
     return jnp.square(batch["x"] @ params - batch["y"])
 
 
-def simulation(loss, lrate=0.01, width=WIDTH):
+def simulation(loss, lrate=0.01, width=WIDTH, batch_size=2):
     rng = np.random.default_rng(0)
     clients = np.repeat(np.arange(4), (3, 5, 1, 4))
     arrays = {"x": rng.normal(size=(len(clients), width)), "y": rng.normal(size=len(clients))}
     data = jaxfed.FederatedData.from_arrays({k: v.astype(np.float32) for k, v in arrays.items()}, clients)
-    built = jaxfed.Simulation(jaxfed.fedavg(loss, lrate=lrate, batch_size=2), data, cohort_size=3)
+    built = jaxfed.Simulation(jaxfed.fedavg(loss, lrate=lrate, batch_size=batch_size), data, cohort_size=3)
     params = {"w": 0.1 * jax.random.normal(jax.random.key(1), (width, width)), "v": jnp.ones(width) / width}
     return built, built.init(params, key=jax.random.key(0))
 
@@ -55,21 +55,24 @@ def chosen(monkeypatch, loss, **options):
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="Only a CPU's compiler has two ways.")
 def test_products_and_small_models_are_compiled_quickly_and_curved_functions_thoroughly(monkeypatch):
-    quickly, thoroughly = (compilation._program(quickly=quickly, multi_thread=False) for quickly in (True, False))
-    assert chosen(monkeypatch, wide) is quickly
-    assert chosen(monkeypatch, wide, width=4) is quickly
-    assert chosen(monkeypatch, curved) is thoroughly
+    quick = [compilation._program(quickly=True, multi_thread=multi_thread) for multi_thread in (False, True)]
+    assert chosen(monkeypatch, wide, batch_size=300) in quick
+    assert chosen(monkeypatch, wide, width=4) in quick
+    assert chosen(monkeypatch, curved, batch_size=300) not in quick
     # The gates of an LSTM go where the backward loop finds them.
-    assert chosen(monkeypatch, recurring) is quickly
+    assert chosen(monkeypatch, recurring, batch_size=300) in quick
+    # Two rows are multiplied as soon as the weights are added to.
+    assert chosen(monkeypatch, wide, batch_size=2) not in quick
     # Adam takes a root of every weight in every step.
     adam = jaxfed.Optimizer(0.01, modules=["adam"])
-    assert chosen(monkeypatch, wide, lrate=adam) is compilation._program(quickly=False, multi_thread=True)
+    assert chosen(monkeypatch, wide, lrate=adam, batch_size=300) not in quick
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="Only on a CPU are there threads to hand work to.")
 def test_only_steps_that_write_much_hand_parts_of_it_to_other_cores(monkeypatch):
     # Weights, their gradient and their update are 160,000 numbers each.
-    assert chosen(monkeypatch, wide, width=400) is compilation._program(quickly=True, multi_thread=True)
+    assert chosen(monkeypatch, wide, width=400) is compilation._program(quickly=False, multi_thread=True)
+    assert chosen(monkeypatch, wide) is compilation._program(quickly=False, multi_thread=False)
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="Only on a CPU are there threads to hand work to.")
@@ -85,6 +88,7 @@ def test_a_large_population_does_not_make_small_steps_hand_work_over():
 
 
 def test_both_ways_train_alike(monkeypatch):
+    monkeypatch.setattr(compilation, "rounds_program", lambda *a, **k: compilation._program(quickly=True, multi_thread=False))
     built, state = simulation(wide)
     quick, _ = built.run(state, rounds=3)
     monkeypatch.setattr(compilation, "rounds_program", lambda *a, **k: compilation._program(quickly=False, multi_thread=True))
