@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend import core
 
 from jaxfed.base import Model
@@ -53,13 +54,13 @@ def warn_of_slow_layers(model: Model, params: Any, stats: Any, arrays: dict[str,
         model: The loss, as a Model.
         params: Its weights.
         stats: Its statistics.
-        arrays: ``[examples, ...]`` by key, of which a few rows make a batch.
+        arrays: ``[examples, ...]`` by key, whose shapes and types make a batch.
         key: A PRNG key, for its type.
     """
     if jax.default_backend() != "cpu":
         return
-    rows = min(_ROWS, *map(len, arrays.values()))
-    batch: Any = {name: jnp.asarray(x[:rows]) for name, x in arrays.items()} | {"mask": jnp.ones(rows, bool)}
+    # Rows of zeros: one of several processes may have no row of its own, and only shapes and types are looked at.
+    batch: Any = {name: np.zeros((_ROWS, *x.shape[1:]), x.dtype) for name, x in arrays.items()} | {"mask": np.ones(_ROWS, bool)}
     leaves, structure = jax.tree.flatten((model, params, stats, batch, key))
     shapes = tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)
     _warn_once(structure, shapes)

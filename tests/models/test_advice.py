@@ -12,7 +12,7 @@ from jax import lax
 
 import jaxfed
 from jaxfed.models import layers, reference, rnn
-from jaxfed.models.advice import slow_layers
+from jaxfed.models.advice import slow_layers, warn_of_slow_layers
 
 IMAGES, TEXT = jnp.ones((2, 12, 12, 3)), jnp.ones((2, 5, 3))
 
@@ -103,3 +103,11 @@ def test_a_simulation_says_so_once():
     with pytest.warns(UserWarning, match=r"pass conv_general_dilated=jaxfed.models.layers.conv_general_dilated"):
         run()
     run()  # a warning would be an error
+
+
+def test_a_process_without_rows_looks_too():
+    whole = jaxfed.FederatedData.from_arrays({"x": np.ones((4, 2, 3), np.float32), "y": np.arange(4)}, [0, 0, 0, 0])
+    model = reference.build_model("mlp", whole.arrays)
+    params, stats = jax.eval_shape(model.init, jax.random.key(0))
+    # No row can be made flat: how long it would be is not told by none.
+    warn_of_slow_layers(model, params, stats, whole.shard(2, 1).arrays, jax.random.key(0))
