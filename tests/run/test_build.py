@@ -239,3 +239,13 @@ def test_a_shard_trains_on_its_own_machine_alone(table):
     built = build.build(RunConfig.from_dict(table)).simulation
     with pytest.raises(ValueError, match="data: expected the rows of clients 0 to 4, this process's part of 1, got Federated"):
         jaxfed.Simulation(built.algorithm, built.data.shard(2, 0), 3).init(key=jax.random.key(0))
+
+
+def test_of_a_single_client_all_processes_know_the_classes(table, monkeypatch):
+    config = RunConfig.from_dict(table)
+    rows = jaxfed.FederatedData.from_arrays({"x": np.ones((3, 3), np.float32), "y": [0, 4, 1]}, [0, 0, 0])
+
+    def model():
+        return build.model(config, rows.shard(2, jax.process_index()))
+
+    assert [classes(made) for made in in_processes(2, model, monkeypatch)] == [5, 5]
