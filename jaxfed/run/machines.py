@@ -111,7 +111,7 @@ def everyones(rows: np.ndarray) -> np.ndarray:
     padded[: len(rows)] = rows
     width = padded.size * padded.itemsize
     everything = multihost_utils.process_allgather(np.ascontiguousarray(padded).reshape(-1).view(np.uint8).reshape(width))
-    gathered = np.ascontiguousarray(everything).view(rows.dtype).reshape(-1, *padded.shape)
+    gathered = np.ascontiguousarray(everything).view(rows.dtype).reshape(len(counts), *padded.shape)
     return np.concatenate([own[:count] for own, count in zip(gathered, counts)])
 
 

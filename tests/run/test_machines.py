@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxfed.run import machines
 from jaxfed.run.cli import main
 from jaxfed.run.commands import INTERRUPTED
 from jaxfed.run.config import RunConfig
@@ -124,3 +127,15 @@ def test_a_process_that_fails_ends_the_other(table, tmp_path):
 def test_arguments_that_do_not_fit_are_refused_before_anything_starts(arguments, text):
     with pytest.raises(ValueError, match=text), Machines(**arguments).joined():
         pass
+
+
+@pytest.mark.parametrize(
+    "rows", [np.arange(6).reshape(3, 2) << 40, np.arange(3) > 1, np.ones((3, 0)), np.ones((0, 2), np.float16)]
+)
+def test_rows_of_all_processes_keep_shape_and_type(rows, monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    # What arrives has gone through an array of JAX's.
+    monkeypatch.setattr(machines.multihost_utils, "process_allgather", lambda x: np.asarray(jnp.stack([jnp.asarray(x)] * 2)))
+    found = machines.everyones(rows)
+    assert found.dtype == rows.dtype
+    np.testing.assert_array_equal(found, np.concatenate([rows, rows]))
