@@ -123,7 +123,7 @@ class Archive:
             return self.read(name)[rows]
         taken, filled = np.empty((len(rows), *header.shape[1:]), header.dtype), 0
         step = max(1, _PIECE_BYTES // width)
-        with self._reading(name), self._npz.zip.open(f"{name}.npy") as file:
+        with self._reading(name), self._npz.zip.open(self._member(name)) as file:
             _header(file)
             # To the end even where no more rows are wanted: the sum that tells damage stands there.
             for first in range(0, count, step):
@@ -134,8 +134,12 @@ class Archive:
         return taken
 
     def _header(self, name: str) -> "_Header":
-        with self._reading(name), self._npz.zip.open(f"{name}.npy") as file:
+        with self._reading(name), self._npz.zip.open(self._member(name)) as file:
             return _header(file)
+
+    def _member(self, name: str) -> str:
+        # As NumPy looks a name up; other writers than its own may leave the ending out.
+        return name if name in self._npz.zip.namelist() else f"{name}.npy"
 
     @contextlib.contextmanager
     def _reading(self, name: str) -> Iterator[None]:

@@ -188,7 +188,8 @@ class FederatedData:
         """
         first, end = self._edges(self._held)
         if rows.start < rows.stop and not first <= rows.start <= rows.stop <= end:
-            raise ValueError(f"Expected rows from {first} to {end - 1}, got {rows}: only {self._whose()} are here.")
+            whose = f"the rows of {self._whose()}" if first < end else "no rows"
+            raise ValueError(f"Rows {rows.start} to {rows.stop - 1} are not all here: this shard has {whose}.")
         return slice(rows.start - first, rows.stop - first)
 
     def client(self, index: int) -> dict[str, np.ndarray]:

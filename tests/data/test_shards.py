@@ -1,5 +1,7 @@
 """One process's share of a federation: what it holds, what it still knows of the others, what it reads of a file."""
 
+import zipfile
+
 import numpy as np
 import pytest
 
@@ -65,8 +67,8 @@ def test_map_has_the_shard_s_rows():
         (lambda data: data.label_counts(), "label_counts needs"),
         (lambda data: data.split_by("y"), "split_by with the array 'y' needs"),
         (lambda data: data.holdout_clients(0.5, seed=0), "select needs"),
-        (lambda data: data.client(1), "only clients 2 to 3 are here"),
-        (lambda data: data.client(4), "only clients 2 to 3 are here"),
+        (lambda data: data.client(1), "Rows 3 to 6 are not all here: this shard has the rows of clients 2 to 3"),
+        (lambda data: data.client(4), "Rows 10 to 10 are not all here: this shard has the rows of clients 2 to 3"),
     ],
 )
 def test_what_needs_others_rows_is_refused(use, text):
@@ -198,6 +200,16 @@ def test_damage_beyond_the_shard_is_found(tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match="array 'y' cannot be read: Bad CRC"):
         load_shard("npz", path=path, num_shards=2, index=0)
+
+
+def test_an_array_may_lie_under_its_bare_name(tmp_path):
+    path = tmp_path / "rows.npz"
+    with zipfile.ZipFile(path, "w") as file:
+        for name, array in {"client": IDS, **ROWS}.items():
+            with file.open(name, "w") as member:
+                np.save(member, array)
+    assert_same(load("npz", path=path), federation())
+    assert_same(load_shard("npz", path=path, num_shards=2, index=1), federation().shard(2, 1))
 
 
 def test_a_shard_of_a_folder_stays_mapped(tmp_path):
