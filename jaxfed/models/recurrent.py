@@ -184,8 +184,9 @@ def _layer(name: str, cell: _Cell, inputs: jax.Array, kernels: Kernels, carry: A
 
 
 def _check(name: str, cell: _Cell, inputs: jax.Array, kernels: Kernels, carry: Arrays) -> None:
-    if inputs.ndim != 3:
-        raise ValueError(f"{name}: expected inputs [T, B, d], got shape {inputs.shape}. Move the time axis to the front.")
+    if inputs.ndim != 3 or inputs.shape[0] == 0:
+        wanted = "expected inputs [T, B, d] of one time step or more"
+        raise ValueError(f"{name}: {wanted}, got shape {inputs.shape}. Move the time axis to the front.")
     batch, width, hidden = inputs.shape[1], inputs.shape[2], carry[-1].shape[-1]
     biases = None if kernels.recurrent_bias is None else [(hidden,)] * cell.gates
     expected = ([(width, hidden)] * cell.gates, [(hidden, hidden)] * cell.gates, [(hidden,)] * cell.gates, biases)

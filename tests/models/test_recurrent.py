@@ -212,6 +212,8 @@ def test_shapes_that_do_not_fit_are_refused():
     kernels, carry = _kernels(4, 4, 5, "float32"), (jnp.zeros((2, 5)), jnp.zeros((2, 5)))
     with pytest.raises(ValueError, match="Move the time axis"):
         recurrent.lstm(jnp.ones((3, 4)), kernels, carry)
+    with pytest.raises(ValueError, match=r"one time step or more, got shape \(0, 2, 4\)"):
+        recurrent.lstm(jnp.ones((0, 2, 4)), kernels, carry)
     with pytest.raises(ValueError, match=r"expected kernels\.inputs of shapes"):
         recurrent.lstm(jnp.ones((3, 2, 9)), kernels, carry)
     with pytest.raises(ValueError, match="expected a carry of shapes"):
