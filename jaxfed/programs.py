@@ -84,7 +84,7 @@ def _written(program: core.Jaxpr) -> set[Any]:
     readers = Counter(id(value) for value in [*program.outvars, *(value for eqn in program.eqns for value in eqn.invars)])
     written: set[Any] = set()
     for eqn in reversed(program.eqns):
-        name, place = eqn.primitive.name, 1 if eqn.primitive.name == "dynamic_update_slice" else 0
+        name, place = eqn.primitive.name, _UPDATE.get(eqn.primitive.name, 0)
         if place or (name in ("broadcast_in_dim", "reshape") and eqn.outvars[0] in written):
             value = eqn.invars[place]
             written |= {value} if isinstance(value, core.Var) and readers[id(value)] == 1 else set()
@@ -105,7 +105,8 @@ def _results(eqn: Any) -> int:
     if eqn.primitive.name == "optimization_barrier":
         return 0
     # What is written into a larger array leaves the rest of it as it is.
-    return _numbers(eqn.invars[1:2] if eqn.primitive.name == "dynamic_update_slice" else eqn.outvars)
+    place = _UPDATE.get(eqn.primitive.name)
+    return _numbers(eqn.outvars if place is None else [eqn.invars[place]])
 
 
 def _numbers(values: Sequence[Any]) -> int:
@@ -113,6 +114,8 @@ def _numbers(values: Sequence[Any]) -> int:
 
 
 _LOOPS = ("while", "scan")
+# Which operand is written into the first; with several lanes side by side JAX turns the one into the other.
+_UPDATE = {"dynamic_update_slice": 1, "scatter": 2}
 _FLOPS = {"dot_general": _product_flops, "conv_general_dilated": _convolution_flops}
 
 

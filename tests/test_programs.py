@@ -53,6 +53,17 @@ def test_of_an_array_that_is_written_into_only_what_is_written_counts():
     assert work(lambda x, t: write(-x, t), jnp.ones((1, 4)), jnp.zeros((100, 4)), depth=0) == (0, 0, 4 + 4, 0)
 
 
+def test_side_by_side_too_only_what_is_written_counts():
+    def write(x, table, place):
+        return jax.lax.dynamic_update_slice(table, jnp.tanh(x)[None], (place, 0))
+
+    # JAX makes another operation of it.
+    several = jax.vmap(write, in_axes=(0, 0, None))
+    short, long = (work(several, jnp.ones((3, 4)), jnp.zeros((3, rows, 4)), 1, depth=0) for rows in (5, 500))
+    assert short == long
+    assert long.curved == 0
+
+
 def test_work_outside_of_the_loops_asked_for_does_not_count():
     def rounds(w, count):
         return jax.lax.fori_loop(0, count, lambda _, w: jnp.sqrt(w @ w), w)
