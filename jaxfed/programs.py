@@ -75,8 +75,8 @@ def loop_work(program: core.Jaxpr, depth: int) -> LoopWork:
 
 def _rows_of(loop: Any) -> int:
     """How often a loop over the rows of an array runs at most; others may run as often as they like and count once."""
-    pieces = [eqn for eqn in loop.params["body_jaxpr"].jaxpr.eqns if eqn.primitive.name == "dynamic_slice"]
-    return max((eqn.invars[0].aval.shape[0] // max(1, eqn.outvars[0].aval.shape[0]) for eqn in pieces), default=1)
+    pieces = [eqn for eqn in loop.params["body_jaxpr"].jaxpr.eqns if eqn.primitive.name in ("dynamic_slice", "gather")]
+    return max((eqn.invars[0].aval.size // max(1, _size(eqn)) for eqn in pieces), default=1)
 
 
 def _written(program: core.Jaxpr) -> set[Any]:
@@ -114,7 +114,7 @@ def _numbers(values: Sequence[Any]) -> int:
 
 
 _LOOPS = ("while", "scan")
-# Which operand is written into the first; with several lanes side by side JAX turns the one into the other.
+# Which operand is written into the first; with several lanes JAX turns the one into the other, and dynamic_slice into gather.
 _UPDATE = {"dynamic_update_slice": 1, "scatter": 2}
 _FLOPS = {"dot_general": _product_flops, "conv_general_dilated": _convolution_flops}
 

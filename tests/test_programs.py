@@ -101,6 +101,9 @@ def test_an_inner_loop_over_rows_counts_for_each_of_them():
     found = work(steps, jnp.ones((3, 3)), jnp.ones((8, 3)), 5, depth=1)
     assert found.flops == 4 * 2 * 2 * 3 * 3
     assert found.carried == 9 + COUNTER
+    # Of two lanes each goes as far as its own weights say.
+    lanes = work(jax.vmap(steps, (0, 0, None)), jnp.ones((2, 3, 3)), jnp.ones((2, 8, 3)), 5, depth=1)
+    assert lanes.flops == 2 * found.flops
 
 
 def test_of_a_scan_the_results_are_not_carried():
