@@ -110,11 +110,11 @@ NOISE = (
 )
 GENTLE = (
     "Noise of standard deviation 1 from a fifth of the writers is 0.06 in each coordinate of a mean, which later rounds undo. "
-    "With 200 the mean falls to 0.023 on this seed."
+    "With 200 the mean falls to 0.023 on seed 0."
 )
 LITTLE = (
     "However far attackers go, a fifth of them moves a median only to the honest clients' 62nd percentile. By the paper's count "
-    "z is 0.25 here. In the paper's direction, alike in all coordinates, this model gains: the median has 0.526 with z = 0.25, "
+    "z is 0.25 here. In the paper's direction, alike in all coordinates, this model gains, on seed 0: the median has 0.526 with z = 0.25, "
     "0.529 with 1.5 and with 5, 0.507 without attackers. Against the sign of each mean coordinate it has 0.460, a loss of 0.05."
 )
 
