@@ -113,9 +113,10 @@ GENTLE = (
     "With 200 the mean falls to 0.023 on seed 0."
 )
 LITTLE = (
-    "However far attackers go, a fifth of them moves a median only to the honest clients' 62nd percentile. By the paper's count "
-    "z is 0.25 here. In the paper's direction, alike in all coordinates, this model gains, on seed 0: the median has 0.526 with z = 0.25, "
-    "0.529 with 1.5 and with 5, 0.507 without attackers. Against the sign of each mean coordinate it has 0.460, a loss of 0.05."
+    "However far attackers go, a fifth of them moves a median only to the honest clients' 62nd percentile. By the "
+    "paper's count z is 0.25 here. In the paper's direction, alike in all coordinates, this model gains, on seed 0: "
+    "the median has 0.526 with z = 0.25, 0.529 with 1.5 and with 5, 0.507 without attackers. Against the sign of each "
+    "mean coordinate it has 0.460, a loss of 0.05."
 )
 
 
