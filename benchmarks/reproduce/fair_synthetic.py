@@ -60,8 +60,10 @@ FALLS = {
 }
 KEEPS = {
     0.5: ANEW,
-    1: f"{ANEW} Two seeds lose 0.032 and 0.036 (after 8000 rounds none more than 0.016). {NOISY} {MINIMUM} none loses more than 0.002.",
-    2: f"{NOISY} On seed 101 it loses 0.045 after 8000 rounds, but 0.005 with a rate of 0.01. {MINIMUM} none loses more than 0.011.",
+    1: f"{ANEW} Two seeds lose 0.032 and 0.036 (after 8000 rounds none more than 0.016). {NOISY} {MINIMUM} "
+    "none loses more than 0.002.",
+    2: f"{NOISY} On seed 101 it loses 0.045 after 8000 rounds, but 0.005 with a rate of 0.01. {MINIMUM} "
+    "none loses more than 0.011.",
 }
 
 
