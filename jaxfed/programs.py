@@ -21,7 +21,7 @@ class LoopWork(NamedTuple):
         flops: Floating-point operations of its matrix products and convolutions; a multiplication with an addition counts as two.
             Those of an inner loop over the rows of an array count for every row.
         curved: Numbers that pass through a function such as ``exp``, ``tanh`` or ``sqrt``, but for those that are only written
-            into a larger array. They count like flops.
+            into a larger array; those of an inner loop over rows count for every row, too.
         results: Numbers that its operations give, a loop's own two included.
         carried: Numbers that one pass hands to the next.
     """
