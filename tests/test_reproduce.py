@@ -349,3 +349,19 @@ def test_roles_of_shakespeare(load, shared):
     for data in (rows, test):
         np.testing.assert_array_equal(data.arrays["x"][:, 1:], data.arrays["y"][:, :-1])
     assert np.abs(rows.sizes / (rows.sizes + test.sizes) - 0.8).max() < 0.02
+
+
+def test_clients_of_fedprox_mnist(load):
+    """1000 clients of two digits that follow each other, five rows of each at least; few have most; nearly every row is owned."""
+    labels = np.random.default_rng(0).integers(0, 10, 60000)
+    owners = load("fedprox_mnist").power_law(labels, seed=3)
+    counts = np.zeros((1000, 10), int)
+    np.add.at(counts, (owners[owners >= 0], labels[owners >= 0]), 1)
+    own = (np.arange(1000)[:, None] + np.arange(2)) % 10
+    mine = np.take_along_axis(counts, own, 1)
+    assert mine.min() == 5
+    assert mine.sum() == counts.sum() == (owners >= 0).sum() >= 58_000
+    sizes = np.sort(counts.sum(1))
+    # Lognormal with sigma 2: the largest tenth has about 0.76 of what is dealt by it, which is 50,000 of 60,000.
+    assert 0.5 < sizes[-100:].sum() / sizes.sum() < 0.8
+    assert np.median(sizes) < sizes.mean() / 2

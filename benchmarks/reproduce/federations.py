@@ -5,6 +5,7 @@ from . import (
     fair_synthetic,
     fedem_synthetic,
     federatedscope_synthetic,
+    fedprox_mnist,
     fedprox_synthetic,
     femnist,
     niid_fashion,
@@ -16,6 +17,7 @@ from . import (
 
 FEDERATIONS = [
     fedprox_synthetic.FEDERATION,
+    fedprox_mnist.FEDERATION,
     federatedscope_synthetic.FEDERATION,
     fedem_synthetic.FEDERATION,
     tcga_brca.FEDERATION,
