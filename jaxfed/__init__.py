@@ -74,11 +74,14 @@ from jaxfed.personal.pfedme import PFedMe
 from jaxfed.profiling import Profile, profile_rounds
 from jaxfed.reports import Evaluation, History, RoundReport
 from jaxfed.server.aggregators import GradientMaskedMean, Mean, Sum, list_aggregators
+from jaxfed.server.clock import Availability, FirstToFinish, Windows, completion_seconds
 from jaxfed.server.fair import Agnostic, QFair
 from jaxfed.server.geometric import Bulyan, CentredClipping, GeometricMedian, Krum
 from jaxfed.server.normalized import FedNova
+from jaxfed.server.oort import Oort
+from jaxfed.server.ranking import Composition, Criterion, Weighted
 from jaxfed.server.robust import Median, NormBound, TrimmedMean
-from jaxfed.server.selection import Everyone, Stragglers, Uniform
+from jaxfed.server.selection import Everyone, Ranked, Stragglers, Uniform
 from jaxfed.simulation import Simulation
 from jaxfed.stopping import BestModel, EarlyStopping
 from jaxfed.sweep import Sweep, sweep
@@ -94,6 +97,7 @@ __all__ = [
     "Aggregator",
     "Agnostic",
     "Algorithm",
+    "Availability",
     "BestModel",
     "Broadcast",
     "Bulyan",
@@ -103,8 +107,10 @@ __all__ = [
     "ClientUpdate",
     "Cohort",
     "CohortInfo",
+    "Composition",
     "CosineAnnealing",
     "CosineAnnealingWarmRestarts",
+    "Criterion",
     "CyclicExpRange",
     "CyclicTriangular",
     "Ditto",
@@ -120,6 +126,7 @@ __all__ = [
     "FedProx",
     "FederatedData",
     "Finetuned",
+    "FirstToFinish",
     "FromOptax",
     "FullGradient",
     "GaussianNoise",
@@ -145,6 +152,7 @@ __all__ = [
     "Model",
     "Momentum",
     "NormBound",
+    "Oort",
     "OptiModule",
     "Optimizer",
     "PFedMe",
@@ -155,6 +163,7 @@ __all__ = [
     "Profile",
     "QFair",
     "RMSProp",
+    "Ranked",
     "Regularizer",
     "Ridge",
     "RoundReport",
@@ -174,6 +183,8 @@ __all__ = [
     "Upload",
     "Warmup",
     "WarmupRounds",
+    "Weighted",
+    "Windows",
     "Yogi",
     "YogiMomentum",
     "adaalter",
@@ -181,6 +192,7 @@ __all__ = [
     "apfl",
     "attacks",
     "build_recipe",
+    "completion_seconds",
     "count",
     "differentiable_rounds",
     "ditto",

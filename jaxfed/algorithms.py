@@ -26,6 +26,7 @@ def fedavg(
     server_lrate: Any = 1.0,
     weights: str = "examples",
     gradient: Any = "mean",
+    measures: Any = (),
 ) -> Algorithm:
     """Federated averaging: local SGD, then the weighted mean.
 
@@ -38,6 +39,7 @@ def fedavg(
         server_lrate: The server's learning rate, or a whole Optimizer.
         weights: What a client weighs: ``"examples"``, ``"steps"`` or ``"uniform"``.
         gradient: How clients take gradients: ``"mean"``, ``"half-precision"``, or a rule of your own.
+        measures: Metrics that clients send beside those that always travel, for whatever reads them: ``["loss_rms"]``.
 
     Raises:
         ValueError: If both ``epochs`` and ``steps`` are given.
@@ -45,7 +47,7 @@ def fedavg(
     References:
         McMahan et al., `Communication-Efficient Learning of Deep Networks <https://arxiv.org/abs/1602.05629>`_, 2017
     """
-    client = LocalTraining(loss, as_optimizer("lrate", lrate), local_work(batch_size, epochs, steps), gradient)
+    client = LocalTraining(loss, as_optimizer("lrate", lrate), local_work(batch_size, epochs, steps), gradient, measures)
     return Algorithm(client, as_optimizer("server_lrate", server_lrate), Mean(weights))
 
 

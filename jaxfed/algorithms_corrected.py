@@ -95,7 +95,7 @@ def qfedavg(loss: Any, *, q: float = 1.0, **options: Any) -> Algorithm:
     algorithm = fedavg(loss, **options)
     client, mean = _taken_apart(algorithm)
     aggregator = QFair(mean.by, q, client.optimizer.lrate)
-    return algorithm.replace(client=client.replace(measures=aggregator.reads), aggregator=aggregator)
+    return algorithm.replace(client=_measuring(client, aggregator.reads), aggregator=aggregator)
 
 
 def afl(loss: Any, *, domains: int = 2, ascent_rate: float = 0.1, ascent: str = "exponentiated", **options: Any) -> Algorithm:
@@ -114,7 +114,12 @@ def afl(loss: Any, *, domains: int = 2, ascent_rate: float = 0.1, ascent: str = 
     algorithm = fedavg(loss, **options)
     client, mean = _taken_apart(algorithm)
     aggregator = Agnostic(mean.by, domains, ascent_rate, ascent)
-    return algorithm.replace(client=client.replace(measures=aggregator.reads), aggregator=aggregator)
+    return algorithm.replace(client=_measuring(client, aggregator.reads), aggregator=aggregator)
+
+
+def _measuring(client: LocalTraining, names: tuple[str, ...]) -> LocalTraining:
+    """The client with measures of these names beside its own."""
+    return client.replace(measures=(*client.measures, *(name for name in names if name not in client.measured)))
 
 
 def _taken_apart(algorithm: Algorithm) -> tuple[LocalTraining, Mean]:

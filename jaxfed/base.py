@@ -297,7 +297,10 @@ class Aggregator(Part, kind="aggregator"):
 
 
 class Selector(Part, kind="selector"):
-    """Which clients take part in a round. ``init(population)``, ``select``, ``observe``."""
+    """Which clients take part in a round. ``init(population)``, ``select``, ``observe``, ``report``."""
+
+    reads: ClassVar[tuple[str, ...]] = ()
+    """Metrics that it needs beside those that always travel; the client must measure them."""
 
     def init(self, population: int) -> Any:
         """The state before the first round."""
@@ -316,6 +319,11 @@ class Selector(Part, kind="selector"):
         """The state after the round, from the cohort's metrics ``[C]``."""
         del cohort, metrics
         return state
+
+    def report(self, state: Any) -> dict[str, jax.Array]:
+        """Scalars by name that a round's report shows of the state after it."""
+        del state
+        return {}
 
 
 class ClientUpdate(Part, kind="client"):

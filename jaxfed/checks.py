@@ -79,6 +79,35 @@ def count(where: str, value: Any, bounds: Bounds) -> Any:
     return int(np.asarray(value)) if values.ndim == 0 else jnp.asarray(value, int)
 
 
+def by_client(where: str, value: Any, bounds: Bounds, ndim: int = 1) -> Any:
+    """A number for each client ``[N]``, or a row of numbers ``[N, ...]``, as a float array.
+
+    Raises:
+        TypeError: For anything that is not real numbers.
+        ValueError: For another number of axes, NaN, infinities and numbers outside ``bounds``.
+
+    >>> by_client("Weighted.weights", 1.0, Bounds(at_least=0))
+    Traceback (most recent call last):
+    ...
+    ValueError: Weighted.weights: expected an array with 1 axis, the first of it clients, got shape ().
+    """
+    if is_traced(value):
+        return value
+    values = _real(where, value, "a number for each client")
+    if values.ndim != ndim:
+        axes = "1 axis" if ndim == 1 else f"{ndim} axes"
+        raise ValueError(f"{where}: expected an array with {axes}, the first of it clients, got shape {values.shape}.")
+    if not bounds.hold(values):
+        raise ValueError(f"{where}: expected finite numbers {bounds}, got {describe(value)}.")
+    return jnp.asarray(values, float)
+
+
+def a_row_for_each(where: str, value: Any, population: int) -> None:
+    """Raises ValueError unless an array's first axis is the population."""
+    if len(value) != population:
+        raise ValueError(f"{where}: expected a row for each of {population} clients, got {len(value)}.")
+
+
 def is_traced(value: Any) -> bool:
     """Whether a value is known only inside a compiled program."""
     return isinstance(value, Tracer)

@@ -47,6 +47,10 @@ class Drawn:
         """What ``selector`` learns."""
         return self.selector.observe(state, cohort, metrics)
 
+    def report(self, state: Any) -> dict[str, jax.Array]:
+        """What ``selector`` says."""
+        return self.selector.report(state)
+
 
 Round = Callable[[Drawn, Population, RunState], tuple[RunState, Any]]
 """``(selector, page, state whose kept rows are the page's) -> (state, info)``, not waited for; the page's rows may be donated."""

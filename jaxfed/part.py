@@ -53,6 +53,18 @@ def count(*, default: Any = dataclasses.MISSING, at_least: int = 0) -> Any:
     return field(lambda where, value: checks.count(where, value, bounds), default)
 
 
+def by_client(
+    *, default: Any = dataclasses.MISSING, ndim: int = 1, at_least: float | None = None, above: float | None = None
+) -> Any:
+    """A field that holds a number for each client ``[N]``, or an array of ``ndim`` axes: a leaf; None if that is the default."""
+    bounds = checks.Bounds(at_least=at_least, above=above)
+
+    def convert(where: str, value: Any) -> Any:
+        return None if default is None and value is None else checks.by_client(where, value, bounds, ndim)
+
+    return field(convert, default)
+
+
 def static(*, default: Any = dataclasses.MISSING, choices: tuple[Any, ...] | None = None) -> Any:
     """A field that is part of the compiled program: a bool, a string, an int that sizes an array, or None.
 
@@ -129,7 +141,7 @@ def _as_leaf(where: str, value: Any) -> Any:
 
 
 @dataclass_transform(
-    frozen_default=True, eq_default=False, field_specifiers=(field, number, count, static, size, part, parts, function)
+    frozen_default=True, eq_default=False, field_specifiers=(field, number, count, by_client, static, size, part, parts, function)
 )
 class Part:
     """The base of every building block. Subclasses are frozen dataclasses and pytrees without any decorator.

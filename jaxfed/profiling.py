@@ -161,6 +161,9 @@ class _Paced(Selector, register=False):
     def observe(self, state: Any, cohort: Cohort, metrics: dict[str, jax.Array]) -> Any:
         return self.selector.observe(state, cohort, metrics)
 
+    def report(self, state: Any) -> dict[str, jax.Array]:
+        return self.selector.report(state)
+
 
 class _Timed:
     """A simulation's rounds, to be timed from one state; what clients keep is a copy that the calls hand on."""

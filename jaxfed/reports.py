@@ -77,6 +77,7 @@ class RoundReport:
         metrics: By name ``[C]``: ``examples``, ``steps``, ``loss`` and what a part asks for.
         update_norm: The Euclidean norm of the pseudo-gradient.
         evaluation: Of the new model, where one was asked for.
+        selection: What the selector says of itself, by name.
     """
 
     round: int
@@ -85,6 +86,7 @@ class RoundReport:
     metrics: dict[str, np.ndarray]
     update_norm: float
     evaluation: Evaluation | None = None
+    selection: dict[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def unstack(cls, infos: Any, rounds: int) -> list["RoundReport"]:
@@ -96,7 +98,8 @@ class RoundReport:
         valid = infos.cohort.valid[i]
         metrics = {name: x[i][valid] for name, x in infos.metrics.items()}
         number, norm = int(infos.round[i]) + 1, float(infos.update_norm[i])
-        return cls(number, infos.cohort.ids[i][valid], infos.counts[i][valid], metrics, norm)
+        selection = {name: float(x[i]) for name, x in infos.selection.items()}
+        return cls(number, infos.cohort.ids[i][valid], infos.counts[i][valid], metrics, norm, selection=selection)
 
     @property
     def loss(self) -> float:
@@ -120,6 +123,7 @@ class RoundReport:
             "examples": int(self.metrics["examples"][self.counted].sum(dtype=np.float64)),
             "steps": int(self.metrics["steps"][self.counted].sum(dtype=np.float64)),
             "update_norm": self.update_norm,
+            **self.selection,
         }
         evaluated = {} if self.evaluation is None else self.evaluation.row()
         return row | {f"eval_{name}": value for name, value in evaluated.items()}

@@ -84,6 +84,7 @@ class Simulation:
         self.algorithm = checks.instance("algorithm", algorithm, Algorithm, "Use a recipe such as fedavg(...).")
         self.data = checks.instance("data", data, FederatedData, "Use FederatedData.from_arrays(arrays, client_ids).")
         self.selector = _selector(cohort_size, selector)
+        _refuse_missing(self.selector, self.algorithm)
         self.cohort_size = self.selector.cohort_size(data.num_clients)
         at_least_one = checks.Bounds(at_least=1)
         self._measures = lanes == "auto"
@@ -388,6 +389,12 @@ def _first_state(
         key=jax.random.clone(key),
     )
     return devices.constrain(state, state_layout(state, devices))
+
+
+def _refuse_missing(selector: Selector, algorithm: Algorithm) -> None:
+    if missing := [name for name in selector.reads if name not in algorithm.client.measured]:
+        what = f"The selector {selector.name!r} reads the metrics {missing}, which the client does not send"
+        raise ValueError(f"{what}. Build the algorithm with measures={missing}.")
 
 
 def _selector(cohort_size: int | None, selector: Selector | None) -> Selector:

@@ -117,11 +117,29 @@ OTHERS = {
     "selector": {
         "everyone": {},
         "uniform": {"size": 3},
+        "weighted": {"size": 2, "weights": [0.5, 0.0, 3.0]},
+        "criterion": {"size": 2, "metric": "update_norm", "lowest": True, "over": "mean", "missing": "equal"},
+        "composition": {"selectors": [["uniform", {"size": 3}], ["criterion", {"size": 1}]]},
+        "oort": {
+            "size": 2,
+            "examples": [4.0, 5.0],
+            "seconds": [1.0, 2.0],
+            "metric": "loss",
+            **{"explore": 0.5, "explore_decay": 0.9, "explore_least": 0.1, "clip": 0.8, "penalty": 1.0, "cutoff": 0.5},
+            **{"window": 2.0, "percentile": 40.0, "pacer_step": 3, "pacer_delta": 10.0, "most_picks": 7},
+        },
+        "first-to-finish": {
+            "selector": ["uniform", {"size": 2}],
+            "keep": 1,
+            "seconds": [3.0, 4.0],
+            "availability": ["windows", {"begins": [[0.0], [1.0]], "ends": [[2.0], [3.0]], "period": [5.0, 6.0]}],
+        },
         "stragglers": {"selector": ["uniform", {"size": 3}], "share": 0.4, "late": "drop", "epochs": 7},
     },
     "gradient": {"mean": {}, "svrg": {"rule": "mean"}, "half-precision": {"rule": "svrg", "dtype": "float16"}},
     "survey": {"full-gradient": {}},
-    "measure": {"domain": {}, "start_loss": {}},
+    "measure": {"domain": {}, "loss_rms": {}, "start_loss": {}, "update_divergence": {}, "update_norm": {}},
+    "availability": {"windows": {"begins": [[0.0, 3.0]], "ends": [[1.0, 4.0]], "period": [5.0]}},
 }
 
 

@@ -52,6 +52,12 @@ def test_client_drift(load):
     assert found["scaffold"] == pytest.approx(10 / 11, abs=1e-5)
 
 
+def test_selection(load):
+    """Not to wait for the last takes less time, and to ask whoever is worth it less again."""
+    hours = load("selection").main(rounds=60)
+    assert hours["Oort"] < 0.8 * hours["chance, the first to finish"] < 0.8 * hours["chance, waits for all"] < np.inf
+
+
 def test_robust(load, capsys):
     table = load("robust").main(("mean", "median"), ("sign flip",), rounds=20)
     assert table[0] < 0.3 < 0.7 < table[1]

@@ -26,7 +26,8 @@ class LocalTraining(ClientUpdate):
         optimizer: The client's Optimizer, or a learning rate for plain SGD.
         batches: The policy: ``Epochs``, ``Steps`` or ``Poisson``.
         gradient: From a batch to a gradient.
-        measures: Metrics that travel beside ``examples``, ``steps`` and ``loss``: ``"start_loss"``, ``"domain"``.
+        measures: Metrics that travel beside ``examples``, ``steps`` and ``loss``: ``"start_loss"``, ``"loss_rms"``,
+            ``"update_norm"``, ``"update_divergence"``, ``"domain"``.
     """
 
     name = "local-training"
@@ -95,7 +96,7 @@ class LocalTraining(ClientUpdate):
         params, stats, state, total = batches.fold(step, carry)
         kept, aux = self.optimizer.end_round(state, begin, params)
         delta = trees.subtract(trees.widen(begin), trees.widen(params))
-        metrics = metrics_of(batches, total) | {m.name: m(self.loss, start, batches) for m in self.measures}
+        metrics = metrics_of(batches, total) | {m.name: m(self.loss, start, batches, delta) for m in self.measures}
         return params, Upload(delta, stats, aux, metrics), kept
 
     def full_gradient(self, params: Params, stats: Stats, batches: Batches) -> Params:

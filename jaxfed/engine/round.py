@@ -34,6 +34,7 @@ class RoundInfo(NamedTuple):
         metrics: By name, ``[C]``.
         counts: ``[C]`` whose upload counted.
         update_norm: The Euclidean norm of the pseudo-gradient.
+        selection: What the selector says of itself, scalars by name.
     """
 
     round: jax.Array
@@ -41,6 +42,7 @@ class RoundInfo(NamedTuple):
     metrics: dict[str, jax.Array]
     counts: jax.Array
     update_norm: jax.Array
+    selection: dict[str, jax.Array]
 
 
 def run_round(
@@ -70,7 +72,7 @@ def run_round(
     reduced = reduce_cohort(algorithm, total, stacked, weights, state, info)
     state = server_step(algorithm, state, reduced, info)
     observed = selector.observe(state.selector, cohort, metrics)
-    report = RoundInfo(state.round, cohort, metrics, counts, trees.norm(reduced.gradient))
+    report = RoundInfo(state.round, cohort, metrics, counts, trees.norm(reduced.gradient), selector.report(observed))
     state = state._replace(round=state.round + 1, selector=observed, kept=tables.kept, seen=tables.seen)
     return population.devices.constrain(state, state_layout(state, population.devices)), report
 

@@ -112,7 +112,7 @@ class APFL(Wrapper):
         delta = trees.subtract(trees.widen(start.params), trees.widen(local.params))
         trained = kept.trained | (batches.steps > 0)
         kept = APFLKept(client, optimizer, personal.params, personal.stats, alpha, trained)
-        measured = {m.name: m(self.client.loss, start, batches) for m in self.client.measures}
+        measured = {m.name: m(self.client.loss, start, batches, delta) for m in self.client.measures}
         return Upload(delta, local.stats, aux, metrics_of(batches, total) | measured), kept
 
     def personalize(self, start: Broadcast, kept: APFLKept, rows: ClientRows, key: jax.Array) -> tuple[Params, Stats]:

@@ -222,7 +222,8 @@ class List:
     """Show what a config may name, with options and defaults."""
 
     kinds: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KIND")] = ()
-    """Of modules, regularizers, schedules, aggregators, algorithms, datasets, partitions, models, selectors, batches, gradients;
+    """Of modules, regularizers, schedules, aggregators, algorithms, datasets, partitions, models, selectors, batches, gradients,
+    measures, availability;
     all if none is given."""
 
     def __call__(self) -> int:

@@ -20,6 +20,8 @@ _PARTS = {
     "selectors": "selector",
     "batches": "batches",
     "gradients": "gradient",
+    "measures": "measure",
+    "availability": "availability",
 }
 _FUNCTIONS = {"algorithms": RECIPES, "datasets": DATASETS, "partitions": PARTITIONS}
 KINDS = (*list(_PARTS)[:4], *_FUNCTIONS, "models", *list(_PARTS)[4:])

@@ -27,16 +27,20 @@ class Everyone(Selector):
         return Cohort(jnp.arange(population, dtype=jnp.int32), jnp.ones(population, bool), jnp.ones(population))
 
 
-class Uniform(Selector):
-    """A uniformly random set of ``size`` clients, without replacement within a round.
-
-    A keyed permutation evaluated at C points: the cost does not depend on the population.
+class Ranked(Selector):
+    """The ``size`` clients of the highest score; of equal ones, some at random. A subclass defines :meth:`scores`.
 
     Args:
         size: ``C``, clients per round.
+
+    Example:
+        >>> class Last(Ranked, register=False):
+        ...     def scores(self, state, key, round, population):
+        ...         return jnp.arange(population)
+        >>> print(Last(2).select((), jax.random.key(0), jnp.array(0), 9).ids)
+        [8 7]
     """
 
-    name = "uniform"
     size: int = part.size()
 
     def cohort_size(self, population: int) -> int:
@@ -48,6 +52,42 @@ class Uniform(Selector):
         if self.size > population:
             raise ValueError(f"cohort_size: expected at most the population of {population} clients, got {self.size}.")
         return self.size
+
+    def scores(self, state: Any, key: jax.Array, round: jax.Array, population: int) -> jax.Array:
+        """``[N]``; minus infinity for a client that must not take part."""
+        raise NotImplementedError(f"{type(self).__name__} defines no scores(state, key, round, population).")
+
+    def select(self, state: Any, key: jax.Array, round: jax.Array, population: int) -> Cohort:
+        """The C highest."""
+        score_key, tie_key = jax.random.split(key)
+        return highest(self.scores(state, score_key, round, population), self.size, tie_key)
+
+
+def highest(scores: jax.Array, size: int, key: jax.Array) -> Cohort:
+    """The clients of the highest scores ``[N]``, all of their work; of equal ones, some at random.
+
+    One whose score is minus infinity or NaN is not valid.
+    """
+    # The first of equal scores come first, so the order of the clients decides.
+    order = permute(key, jnp.arange(scores.size), scores.size)
+    best, places = jax.lax.top_k(jnp.where(jnp.isnan(scores), -jnp.inf, scores)[order], size)
+    return Cohort(order[places], best > -jnp.inf, jnp.ones(size))
+
+
+class Uniform(Ranked):
+    """A uniformly random set of ``size`` clients, without replacement within a round.
+
+    A keyed permutation evaluated at C points: the cost does not depend on the population.
+
+    Args:
+        size: ``C``, clients per round.
+    """
+
+    name = "uniform"
+
+    def scores(self, state: Any, key: jax.Array, round: jax.Array, population: int) -> jax.Array:
+        """At random, where another rule decides who remains."""
+        return jax.random.uniform(key, population)
 
     def select(self, state: Any, key: jax.Array, round: jax.Array, population: int) -> Cohort:
         """C distinct clients."""
@@ -87,6 +127,11 @@ class Stragglers(Selector):
     late: str = part.static(default="partial", choices=("partial", "drop"))
     epochs: int = part.count(default=20, at_least=2)
 
+    @property
+    def reads(self) -> tuple[str, ...]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What ``selector`` reads."""
+        return self.selector.reads
+
     def init(self, population: int) -> Any:
         """The state of ``selector``."""
         return self.selector.init(population)
@@ -108,6 +153,10 @@ class Stragglers(Selector):
     def observe(self, state: Any, cohort: Cohort, metrics: dict[str, jax.Array]) -> Any:
         """What ``selector`` learns."""
         return self.selector.observe(state, cohort, metrics)
+
+    def report(self, state: Any) -> dict[str, jax.Array]:
+        """What ``selector`` says."""
+        return self.selector.report(state)
 
     def _late(self, key: jax.Array, valid: jax.Array) -> jax.Array:
         """``[C]`` which are late: the first few in a random order that begins with the valid ones."""
