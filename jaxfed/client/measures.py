@@ -73,7 +73,7 @@ class UpdateDivergence(Measure):
     def __call__(self, model: Model, start: Broadcast, batches: Batches, delta: Params) -> jax.Array:
         """The mean."""
         ratios = jax.tree.map(lambda u, w: jnp.abs(u / (w + _SMALL)).sum(), delta, trees.widen(start.params))
-        return sum(jax.tree.leaves(ratios)) / sum(leaf.size for leaf in jax.tree.leaves(delta))
+        return jnp.asarray(sum(jax.tree.leaves(ratios))) / sum(leaf.size for leaf in jax.tree.leaves(delta))
 
 
 class Domain(Measure):

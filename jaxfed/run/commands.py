@@ -223,8 +223,7 @@ class List:
 
     kinds: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="KIND")] = ()
     """Of modules, regularizers, schedules, aggregators, algorithms, datasets, partitions, models, selectors, batches, gradients,
-    measures, availability;
-    all if none is given."""
+    measures, availability; all if none is given."""
 
     def __call__(self) -> int:
         """Runs the command and returns its exit status."""

@@ -73,9 +73,9 @@ class Windows(Availability):
     """
 
     name = "windows"
-    begins: jax.Array = part.by_client(ndim=2, at_least=0)
-    ends: jax.Array = part.by_client(ndim=2, at_least=0)
-    period: jax.Array = part.by_client(above=0)
+    begins: Any = part.by_client(ndim=2, at_least=0)
+    ends: Any = part.by_client(ndim=2, at_least=0)
+    period: Any = part.by_client(above=0)
 
     def check(self) -> None:
         """That windows are windows."""
@@ -127,7 +127,7 @@ class FirstToFinish(Selector):
     name = "first-to-finish"
     selector: Ranked = part.part("selector")
     keep: int = part.count(at_least=1)
-    seconds: jax.Array = part.by_client(above=0)
+    seconds: Any = part.by_client(above=0)
     availability: Availability | None = part.part("availability", default=None, optional=True)
 
     def check(self) -> None:

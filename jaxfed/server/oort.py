@@ -87,8 +87,8 @@ class Oort(Ranked):
 
     name = "oort"
     presets = ("paper",)
-    examples: jax.Array = part.by_client(above=0)
-    seconds: jax.Array | None = part.by_client(default=None, above=0)
+    examples: Any = part.by_client(above=0)
+    seconds: Any = part.by_client(default=None, above=0)
     metric: str = part.static(default="loss_rms")
     explore: float = part.number(default=0.9, at_least=0, at_most=1)
     explore_decay: float = part.number(default=0.98, above=0, at_most=1)
@@ -105,7 +105,7 @@ class Oort(Ranked):
     @classmethod
     def paper(cls, size: int, examples: Any, **options: Any) -> Self:
         """The constants of Oort's own program: less exploration, cut at the 98th percentile, a pool of the nearly best."""
-        own = {"explore_decay": 0.95, "explore_least": 0.2, "clip": 0.98, "cutoff": 0.95}
+        own: dict[str, Any] = {"explore_decay": 0.95, "explore_least": 0.2, "clip": 0.98, "cutoff": 0.95}
         return cls(size, examples, **own | options)
 
     @property

@@ -34,7 +34,7 @@ class Weighted(Ranked):
     """
 
     name = "weighted"
-    weights: jax.Array = part.by_client(at_least=0)
+    weights: Any = part.by_client(at_least=0)
 
     def cohort_size(self, population: int) -> int:
         """``C``.

@@ -87,7 +87,7 @@ class Uniform(Ranked):
 
     def scores(self, state: Any, key: jax.Array, round: jax.Array, population: int) -> jax.Array:
         """At random, where another rule decides who remains."""
-        return jax.random.uniform(key, population)
+        return jax.random.uniform(key, (population,))
 
     def select(self, state: Any, key: jax.Array, round: jax.Array, population: int) -> Cohort:
         """C distinct clients."""

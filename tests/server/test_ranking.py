@@ -1,5 +1,7 @@
 """Selections by weights, reports and several rules: beside closed forms and plain loops; what is refused."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +21,7 @@ def cohort_of(*ids, valid=None):
 class Fixed(Ranked, register=False):
     """Given scores."""
 
-    score: jax.Array = jaxfed.part.by_client()
+    score: Any = jaxfed.part.by_client()
 
     def scores(self, state, key, round, population):
         return jnp.where(self.score == -1, -jnp.inf, jnp.where(self.score == -2, jnp.nan, self.score))
