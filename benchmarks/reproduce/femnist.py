@@ -89,7 +89,7 @@ OTHERS = "Published for other writers, 300 rounds and 2048 units."
 BEST = round(PUBLISHED[PFEDME] - PUBLISHED["fedavg"], 4)
 FASTER = "Of those that have been run. Their scripts have 10 to 50 times FedAvg's rate, from which FedBN's gain is."
 DEAD = (
-    "At its script's rate of 0.5 the first local steps raise the loss to 6.6 (62 equal chances: 4.1), and then all predictions are "
+    "At its script's rate of 0.5 the first local steps raise the loss to 6.6 (62 equal chances: 4.1); then every prediction is "
     "the most frequent class. So it is with FedAvg at that rate, with PyTorch's first weights, and with 2048 units. Published "
     "figures are the best of a grid of rates from 0.005 to 0.5."
 )
