@@ -1,7 +1,8 @@
-"""How long until 80% are right, if a round lasts as long as its slowest client? Four ways to choose who takes part.
+"""How long until 80% are right, if a round lasts as long as its slowest client? Five ways to choose who takes part.
 
 Devices differ thirtyfold in speed and are gone for four hours of twelve. A round can wait for all ten that it asked; ask
-thirteen and take the first ten; or ask by Oort, which prefers clients with much to teach and little to wait for.
+thirteen and take the first ten; ask by Oort, which prefers clients with much to teach and little to wait for; or wait for
+nobody: ten train at their own pace, and the server steps with every third that finishes.
 
 Run:  python examples/selection.py
 """
@@ -41,16 +42,18 @@ def main(rounds: int = 150) -> dict[str, float]:
     train, test = jaxfed.FederatedData.from_arrays(arrays, owners).split(0.2, seed=0)
     seconds, there = devices(train.sizes)
     more = int(1.3 * WANTED)
+    loads = {"seconds": seconds, "availability": there}
     choices = {
-        "chance, waits for all": jaxfed.Uniform(WANTED),
-        "chance, the first to finish": jaxfed.Uniform(more),
-        "the highest loss": jaxfed.Criterion(more, metric="loss"),
-        "Oort": jaxfed.Oort(more, examples=train.sizes, seconds=seconds),
+        "chance, waits for all": jaxfed.FirstToFinish(jaxfed.Uniform(WANTED), WANTED, **loads),
+        "chance, the first to finish": jaxfed.FirstToFinish(jaxfed.Uniform(more), WANTED, **loads),
+        "the highest loss": jaxfed.FirstToFinish(jaxfed.Criterion(more), WANTED, **loads),
+        "Oort": jaxfed.FirstToFinish(jaxfed.Oort(more, train.sizes, seconds), WANTED, **loads),
+        "chance, waits for nobody": jaxfed.Asynchronous(jaxfed.Uniform(WANTED), buffer=3, **loads),
     }
     found = {}
-    for name, choice in choices.items():
-        algorithm = jaxfed.fedavg(loss, lrate=0.1, batch_size=10, epochs=EPOCHS, measures=choice.reads)
-        selector = jaxfed.FirstToFinish(choice, keep=WANTED, seconds=seconds, availability=there)
+    for name, selector in choices.items():
+        # Without late clients it is FedAvg.
+        algorithm = jaxfed.fedbuff(loss, lrate=0.1, batch_size=10, epochs=EPOCHS, weights="examples", measures=selector.reads)
         simulation = jaxfed.Simulation(algorithm, train, selector=selector)
         state = simulation.init({"kernel": jnp.zeros((64, 10)), "bias": jnp.zeros(10)}, key=jax.random.key(0))
         _, history = simulation.run(state, rounds=rounds, eval_every=1, eval_data=test)

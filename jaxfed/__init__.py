@@ -12,6 +12,7 @@ from jaxfed.algorithms import (
     fedadam,
     fedavg,
     fedavgm,
+    fedbuff,
     fedprox,
     fedyogi,
     scaffold,
@@ -74,6 +75,7 @@ from jaxfed.personal.pfedme import PFedMe
 from jaxfed.profiling import Profile, profile_rounds
 from jaxfed.reports import Evaluation, History, RoundReport
 from jaxfed.server.aggregators import GradientMaskedMean, Mean, Sum, list_aggregators
+from jaxfed.server.asynchronous import Asynchronous, Buffered
 from jaxfed.server.clock import Availability, FirstToFinish, Windows, completion_seconds
 from jaxfed.server.fair import Agnostic, QFair
 from jaxfed.server.geometric import Bulyan, CentredClipping, GeometricMedian, Krum
@@ -97,9 +99,11 @@ __all__ = [
     "Aggregator",
     "Agnostic",
     "Algorithm",
+    "Asynchronous",
     "Availability",
     "BestModel",
     "Broadcast",
+    "Buffered",
     "Bulyan",
     "ByLabel",
     "CentredClipping",
@@ -201,6 +205,7 @@ __all__ = [
     "fedavg",
     "fedavgm",
     "fedbn",
+    "fedbuff",
     "feddyn",
     "fedem",
     "fednova",

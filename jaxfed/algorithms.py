@@ -14,6 +14,7 @@ from jaxfed.optimizer.optimizer import as_optimizer
 from jaxfed.optimizer.paired import AdaAlterClient, AdaAlterServer, ScaffoldClient, ScaffoldServer
 from jaxfed.optimizer.regularizers import FedProx
 from jaxfed.server.aggregators import Mean
+from jaxfed.server.asynchronous import Buffered
 
 
 def fedavg(
@@ -159,8 +160,23 @@ def adaalter(loss: Any, *, eps: float = 1.0, init_v: float = 1.0, **options: Any
     return with_pair(loss, AdaAlterClient(eps), AdaAlterServer(init_v), options)
 
 
+def fedbuff(loss: Any, *, power: float = 0.5, weights: str = "uniform", **options: Any) -> Algorithm:
+    r"""FedBuff: FedAvg whose late updates weigh less, :math:`(1 + \tau)^{-a}`. For rounds that :class:`Asynchronous` selects.
+
+    Args:
+        loss: As in :func:`fedavg`.
+        power: ``a``, at least 0.
+        weights: As in :func:`fedavg`; ``"uniform"`` is the paper's.
+        **options: As in :func:`fedavg`.
+
+    References:
+        Nguyen et al., `Federated Learning with Buffered Asynchronous Aggregation <https://arxiv.org/abs/2106.06639>`_, 2022
+    """
+    return fedavg(loss, weights=weights, **options).replace(aggregator=Buffered(weights, power))
+
+
 RECIPES: dict[str, Callable[..., Algorithm]] = {
-    recipe.__name__: recipe for recipe in (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi, scaffold, adaalter)
+    recipe.__name__: recipe for recipe in (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi, scaffold, adaalter, fedbuff)
 }
 """The recipes by name."""
 
@@ -210,5 +226,5 @@ def accepted_options(recipe: Callable[..., Algorithm]) -> tuple[str, ...]:
     ('mu', 'lrate')
     """
     own = (name for name, p in inspect.signature(recipe).parameters.items() if p.kind is p.KEYWORD_ONLY)
-    shared = ("lrate", "batch_size", "epochs", "steps", "server_lrate", "weights", "gradient")
+    shared = ("lrate", "batch_size", "epochs", "steps", "server_lrate", "weights", "gradient", "measures")
     return tuple(dict.fromkeys((*(name for name in own if name not in shared), *shared)))

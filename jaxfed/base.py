@@ -105,11 +105,15 @@ class Cohort(NamedTuple):
         ids: ``[C]`` client numbers, 0 to N - 1.
         valid: ``[C]`` bool; False where there are fewer clients than C.
         work: ``[C]`` how much of its local work each client does, as a factor of the policy's epochs or steps (1.0 is all).
+        age: ``[C]`` how many rounds ago each client began, from that round's broadcast; () where all begin now.
+        memo: What the selector wants to be told again by ``observe``.
     """
 
     ids: jax.Array
     valid: jax.Array
     work: jax.Array
+    age: Any = ()
+    memo: Any = ()
 
 
 class RunState(NamedTuple):
@@ -125,6 +129,7 @@ class RunState(NamedTuple):
         kept: What clients keep between rounds, ``[N, ...]``.
         seen: ``[N]`` whether a client has taken part.
         key: The run's root PRNG key.
+        past: The broadcasts of the last rounds ``[T, ...]``, from which late clients began; () where all begin now.
     """
 
     round: jax.Array
@@ -136,6 +141,7 @@ class RunState(NamedTuple):
     kept: Any
     seen: jax.Array
     key: jax.Array
+    past: Any = ()
 
 
 class OptiModule(Part, kind="module"):
@@ -301,6 +307,11 @@ class Selector(Part, kind="selector"):
 
     reads: ClassVar[tuple[str, ...]] = ()
     """Metrics that it needs beside those that always travel; the client must measure them."""
+
+    @property
+    def versions(self) -> int:
+        """``T``: clients begin from the broadcasts of so many rounds, this one's and those before it. 1: all begin now."""
+        return 1
 
     def init(self, population: int) -> Any:
         """The state before the first round."""

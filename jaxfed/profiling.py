@@ -148,6 +148,10 @@ class _Paced(Selector, register=False):
     # A number of its own makes a program of its own, so that its compiling can be timed.
     stamp: int = part.static(default=0)
 
+    @property
+    def versions(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        return self.selector.versions
+
     def init(self, population: int) -> Any:
         return self.selector.init(population)
 

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfed import checks, part, trees
+from jaxfed import checks, trees
 from jaxfed.base import Broadcast, Model, Params, RunState, Selector
 from jaxfed.data.federated import FederatedData
-from jaxfed.engine.algorithm import Algorithm
+from jaxfed.engine.algorithm import Algorithm, check_selection
 from jaxfed.engine.cohort import Tables
 from jaxfed.engine.compilation import Rounds, rounds_program
 from jaxfed.engine.evaluation import sum_metrics, sum_personal_metrics
@@ -26,7 +26,7 @@ from jaxfed.models.advice import warn_of_slow_layers
 from jaxfed.paging import Pager, check_paged, run_paged, sum_by_pages, with_keys
 from jaxfed.placement import Placement
 from jaxfed.reports import Evaluation, History, RoundReport
-from jaxfed.server.selection import Everyone, Uniform
+from jaxfed.server.selection import as_selector
 
 _EVALUATION_ROWS = 256
 # Clients whose rows are evaluated together, where they come page by page.
@@ -83,8 +83,8 @@ class Simulation:
     ):
         self.algorithm = checks.instance("algorithm", algorithm, Algorithm, "Use a recipe such as fedavg(...).")
         self.data = checks.instance("data", data, FederatedData, "Use FederatedData.from_arrays(arrays, client_ids).")
-        self.selector = _selector(cohort_size, selector)
-        _refuse_missing(self.selector, self.algorithm)
+        self.selector = as_selector(cohort_size, selector)
+        check_selection(self.algorithm, self.selector)
         self.cohort_size = self.selector.cohort_size(data.num_clients)
         at_least_one = checks.Bounds(at_least=1)
         self._measures = lanes == "auto"
@@ -377,29 +377,19 @@ def _first_state(
 ) -> RunState:
     """A state in buffers of its own; one program, since op by op each small array would be compiled alone."""
     kept = jax.eval_shape(algorithm.client.init_kept, params, key)
+    shared, versions = algorithm.client.shared(params), selector.versions
+    server = algorithm.server.start_server(shared, jax.random.fold_in(key, _SERVER))
+    first = Broadcast(params, stats, algorithm.server.send(server), jnp.zeros((), jnp.int32))
     state = RunState(
-        round=jnp.zeros((), jnp.int32),
+        round=first.round,
         params=trees.copy(params),
         stats=trees.copy(stats),
-        server=algorithm.server.start_server(algorithm.client.shared(params), jax.random.fold_in(key, _SERVER)),
-        aggregator=algorithm.aggregator.init(algorithm.client.shared(params)),
+        server=server,
+        aggregator=algorithm.aggregator.init(shared),
         selector=selector.init(count),
         kept=jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), kept),
         seen=jnp.zeros(count, bool),
         key=jax.random.clone(key),
+        past=jax.tree.map(lambda x: jnp.zeros((versions, *x.shape), x.dtype), first) if versions > 1 else (),
     )
     return devices.constrain(state, state_layout(state, devices))
-
-
-def _refuse_missing(selector: Selector, algorithm: Algorithm) -> None:
-    if missing := [name for name in selector.reads if name not in algorithm.client.measured]:
-        what = f"The selector {selector.name!r} reads the metrics {missing}, which the client does not send"
-        raise ValueError(f"{what}. Build the algorithm with measures={missing}.")
-
-
-def _selector(cohort_size: int | None, selector: Selector | None) -> Selector:
-    if cohort_size is not None and selector is not None:
-        raise ValueError("Expected cohort_size or selector, got both. Give the selector its size.")
-    if selector is not None:
-        return part.build("selector", selector, "selector")
-    return Everyone() if cohort_size is None else Uniform(cohort_size)

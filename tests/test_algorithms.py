@@ -8,6 +8,7 @@ from jaxfed import (
     Adagrad,
     Adam,
     Algorithm,
+    Buffered,
     Epochs,
     FedProx,
     LocalTraining,
@@ -67,6 +68,11 @@ def test_a_recipe_adds_to_whole_optimizers():
     adam = jaxfed.fedadam(loss, lrate=client, server_lrate=server, batch_size=8)
     assert adam.server == server.replace(modules=(*server.modules, Adam.paper(tau=1e-3)))
     assert adam.client.optimizer == client
+
+
+def test_fedbuff_weighs_late_updates():
+    assert jaxfed.fedbuff(loss, **OPTIONS).aggregator == Buffered("uniform", 0.5)
+    assert jaxfed.fedbuff(loss, power=1.0, weights="examples", **OPTIONS).aggregator == Buffered("examples", 1.0)
 
 
 def test_scaffold_and_its_options():

@@ -45,6 +45,7 @@ AGGREGATORS = {
     "bulyan": {"byzantine": 0},
     "geometric-median": {"smoothing": 1e-3, "iterations": 5, "by": "examples"},
     "centred-clipping": {"radius": 2.0, "iterations": 3, "by": "steps"},
+    "buffered": {"by": "examples", "power": 0.25},
     "norm-bounding": {"max_norm": 2.0, "by": "examples"},
     "fednova": {"by": "uniform"},
     "q-fair": {"by": "uniform", "q": 0.7, "lrate": 0.3},
@@ -120,6 +121,13 @@ OTHERS = {
         "weighted": {"size": 2, "weights": [0.5, 0.0, 3.0]},
         "criterion": {"size": 2, "metric": "update_norm", "lowest": True, "over": "mean", "missing": "equal"},
         "composition": {"selectors": [["uniform", {"size": 3}], ["criterion", {"size": 1}]]},
+        "asynchronous": {
+            "selector": ["uniform", {"size": 2}],
+            "buffer": 1,
+            "seconds": [3.0, 4.0],
+            "availability": ["windows", {"begins": [[0.0], [1.0]], "ends": [[2.0], [3.0]], "period": [5.0, 6.0]}],
+            "versions": 3,
+        },
         "oort": {
             "size": 2,
             "examples": [4.0, 5.0],

@@ -17,7 +17,7 @@ STORY = """
     client.batches client.gradients client.precision client.measures client.local client.surveys
     personal.wrapper personal.partial personal.ditto personal.pfedme personal.fedem personal.apfl personal.finetune
     server.aggregators server.normalized server.fair server.robust server.geometric
-    server.selection server.ranking server.oort server.clock attacks
+    server.selection server.ranking server.oort server.clock server.asynchronous attacks
     engine.algorithm engine.mesh engine.population engine.sums engine.lanes engine.cohort engine.survey engine.round
     engine.rounds engine.compilation engine.evaluation
     algorithms algorithms_corrected algorithms_personal

@@ -4,7 +4,7 @@ import warnings
 from typing import Any, ClassVar
 
 from jaxfed import part
-from jaxfed.base import Aggregator, ClientUpdate
+from jaxfed.base import Aggregator, ClientUpdate, Selector
 from jaxfed.client.surveys import Survey
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
 from jaxfed.part import Part
@@ -50,6 +50,16 @@ class Algorithm(Part, kind="algorithm"):
             for module in optimizer.parts:
                 if advice := module.advice(optimizer):
                     warnings.warn(advice, stacklevel=4)
+
+
+def check_selection(algorithm: Algorithm, selector: Selector) -> None:
+    """Raises ValueError if a selector reads what clients do not send, or cannot select for an algorithm."""
+    if missing := [name for name in selector.reads if name not in algorithm.client.measured]:
+        what = f"The selector {selector.name!r} reads the metrics {missing}, which the client does not send"
+        raise ValueError(f"{what}. Build the algorithm with measures={missing}.")
+    if selector.versions > 1 and algorithm.survey is not None:
+        what = f"The selector {selector.name!r} lets clients begin in other rounds than they end in"
+        raise ValueError(f"{what}, but the algorithm asks a whole cohort before its round. Use another algorithm or selector.")
 
 
 def _refuse_missing(client: ClientUpdate, aggregator: Aggregator, survey: Survey | None) -> None:

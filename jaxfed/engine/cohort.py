@@ -13,7 +13,7 @@ from jaxfed.engine.mesh import BY_DEVICE, BY_MACHINE, EVERYWHERE, Devices
 from jaxfed.engine.population import Population
 
 Client = jax.tree_util.Partial
-"""``(key, kept row, seen, *rows) -> Outcome``, for one client with its :class:`ClientRows` in every population.
+"""``(lane, kept row, *rows) -> Outcome``, for one client with its :class:`ClientRows` in every population.
 
 A ``Partial`` of a module's function: what it holds goes to every device.
 """
@@ -71,7 +71,7 @@ def fold_clients(
     seen = tables.seen[jnp.clip(cohort.ids, 0, size - 1)]
     # All at once: in the loop over clients a call of the generator would cost as much as a small local step.
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, cohort.ids)
-    everyone = Lane(keys, home.slots(cohort.ids), home.places(cohort.ids), seen, cohort.work)
+    everyone = Lane(keys, home.slots(cohort.ids), home.places(cohort.ids), seen, cohort.work, cohort.age)
     steps = jnp.where(cohort.valid, steps, -1)
     args = (populations, tables.kept, client, everyone, steps)
     on_device = partial(_on_device, devices=home.devices, lanes=lanes)
@@ -109,7 +109,7 @@ def _on_device(
 
 
 def _visit(client: Client, populations: tuple[Population, ...], lane: Lane, kept: Any) -> Outcome:
-    return client(lane.key, kept, lane.seen, *(p.client(lane.slot, lane.work) for p in populations))
+    return client(lane, kept, *(p.client(lane.slot, lane.work) for p in populations))
 
 
 def _layouts(populations: tuple[Population, ...], kept: Any, client: Client, everyone: Lane, steps: jax.Array) -> tuple[Any, Any]:

@@ -12,7 +12,7 @@ from jaxfed import trees
 from jaxfed.base import Broadcast, ClientUpdate, Cohort, Model, Params, Stats
 from jaxfed.client.batches import ClientRows, Epochs
 from jaxfed.engine.cohort import Tables, fold_clients
-from jaxfed.engine.lanes import Outcome
+from jaxfed.engine.lanes import Lane, Outcome
 from jaxfed.engine.mesh import BY_MACHINE, EVERYWHERE
 from jaxfed.engine.population import Population
 
@@ -94,16 +94,15 @@ def sum_personal_metrics(
 def _sum_at_client(
     client: ClientUpdate,
     start: Broadcast,
-    key: jax.Array,
+    lane: Lane,
     kept: Any,
-    seen: jax.Array,
     own: ClientRows,
     rows: ClientRows,
     *,
     batch_size: int,
 ) -> Outcome:
-    run_key, first_key, order_key = (jax.random.fold_in(key, stream) for stream in range(3))
-    kept = trees.select(seen, kept, client.init_kept(start.params, first_key))
+    run_key, first_key, order_key = (jax.random.fold_in(lane.key, stream) for stream in range(3))
+    kept = trees.select(lane.seen, kept, client.init_kept(start.params, first_key))
     personal = client.personalize(start, kept, own, run_key)
     batches = Epochs(batch_size=batch_size, shuffle=False).of(rows, order_key)
 

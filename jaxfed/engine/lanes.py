@@ -31,13 +31,14 @@ class Outcome(NamedTuple):
 
 
 class Lane(NamedTuple):
-    """What tells a client apart in its lane: key, slot, place of its kept row in the table, whether it was seen, its work."""
+    """What tells a client apart in its lane: key, slot, place of its kept row in the table, whether it was seen, work, age."""
 
     key: jax.Array
     slot: jax.Array
     place: jax.Array
     seen: jax.Array
     work: jax.Array
+    age: Any = ()
 
 
 Visit = Callable[[Lane, Any], Outcome]

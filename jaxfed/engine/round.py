@@ -12,7 +12,7 @@ from jaxfed.base import Broadcast, Cohort, CohortInfo, RunState, Selector
 from jaxfed.client.batches import ClientRows
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.engine.cohort import Tables, fold_clients
-from jaxfed.engine.lanes import Outcome
+from jaxfed.engine.lanes import Lane, Outcome
 from jaxfed.engine.mesh import BY_DEVICE, EVERYWHERE, Devices
 from jaxfed.engine.population import Population
 from jaxfed.engine.sums import Reduced, reduce_cohort, share_of
@@ -62,7 +62,8 @@ def run_round(
         found = survey_cohort(algorithm, population, broadcast, cohort, keys[SURVEY], lanes)
         broadcast = broadcast._replace(survey=found)
 
-    client = Partial(_visit_client, algorithm, broadcast, sent)
+    past = remember(state.past, broadcast)
+    client = Partial(_visit_client, algorithm, broadcast, past, sent)
     tables = Tables(state.kept, state.seen)
     total, tables, (metrics, weights), stacked, counts = fold_clients(
         client, cohort, steps, keys[CLIENTS], tables, (population,), lanes
@@ -72,21 +73,35 @@ def run_round(
     reduced = reduce_cohort(algorithm, total, stacked, weights, state, info)
     state = server_step(algorithm, state, reduced, info)
     observed = selector.observe(state.selector, cohort, metrics)
-    report = RoundInfo(state.round, cohort, metrics, counts, trees.norm(reduced.gradient), selector.report(observed))
-    state = state._replace(round=state.round + 1, selector=observed, kept=tables.kept, seen=tables.seen)
+    report = RoundInfo(
+        state.round, cohort._replace(age=(), memo=()), metrics, counts, trees.norm(reduced.gradient), selector.report(observed)
+    )
+    state = state._replace(round=state.round + 1, selector=observed, kept=tables.kept, seen=tables.seen, past=past)
     return population.devices.constrain(state, state_layout(state, population.devices)), report
 
 
-def _visit_client(
-    algorithm: Algorithm, start: Broadcast, sent: Any, key: jax.Array, kept: Any, seen: jax.Array, rows: ClientRows
-) -> Outcome:
+def _visit_client(algorithm: Algorithm, now: Broadcast, past: Any, sent: Any, lane: Lane, kept: Any, rows: ClientRows) -> Outcome:
     """All that happens at one client."""
+    start, staleness = began_from(now, past, lane.age)
     # As in a deployment, a client that is new starts from this round's weights.
-    kept = trees.select(seen, kept, algorithm.client.init_kept(start.params, jax.random.fold_in(key, FIRST_KEPT)))
-    upload, kept = algorithm.client.run(start, kept, rows, key)
+    kept = trees.select(lane.seen, kept, algorithm.client.init_kept(start.params, jax.random.fold_in(lane.key, FIRST_KEPT)))
+    upload, kept = algorithm.client.run(start, kept, rows, lane.key)
+    upload = upload._replace(metrics=upload.metrics | staleness)
     summand, stacked, counts = share_of(algorithm, upload, kept, sent)
     weight = jnp.where(counts, algorithm.aggregator.weigh(upload.metrics), 0)
     return Outcome(summand, kept, (upload.metrics, weight), stacked, counts)
+
+
+def remember(past: Any, now: Broadcast) -> Any:
+    """The last broadcasts ``[T, ...]`` with this round's among them, at the place of the oldest; () stays ()."""
+    return past and jax.tree.map(lambda all, new: all.at[now.round % all.shape[0]].set(new), past, now)
+
+
+def began_from(now: Broadcast, past: Any, age: Any) -> tuple[Broadcast, dict[str, jax.Array]]:
+    """The broadcast from which a client began, and what it reports of that: ``"staleness"``, where any may be late."""
+    if not past:
+        return now, {}
+    return jax.tree.map(lambda all: all[(now.round - age) % all.shape[0]], past), {"staleness": age.astype(float)}
 
 
 def server_step(algorithm: Algorithm, state: RunState, reduced: Reduced, info: CohortInfo) -> RunState:

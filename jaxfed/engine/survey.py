@@ -11,7 +11,7 @@ from jaxfed.base import Broadcast, Cohort
 from jaxfed.client.batches import ClientRows
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.engine.cohort import Tables, fold_clients
-from jaxfed.engine.lanes import Outcome
+from jaxfed.engine.lanes import Lane, Outcome
 from jaxfed.engine.population import Population
 from jaxfed.server.aggregators import over_weight
 
@@ -27,9 +27,9 @@ def survey_cohort(
     return over_weight(total, weight)
 
 
-def _ask_client(algorithm: Algorithm, start: Broadcast, key: jax.Array, kept: Any, seen: jax.Array, rows: ClientRows) -> Outcome:
+def _ask_client(algorithm: Algorithm, start: Broadcast, lane: Lane, kept: Any, rows: ClientRows) -> Outcome:
     assert algorithm.survey is not None  # the caller asked
-    answer = trees.widen(algorithm.survey.run(algorithm.client, start, rows, key))
+    answer = trees.widen(algorithm.survey.run(algorithm.client, start, rows, lane.key))
     steps = algorithm.client.num_steps(rows.size, rows.work, rows.capacity)
     weight = algorithm.aggregator.weigh({"examples": jnp.asarray(rows.size, float), "steps": steps.astype(float)})
     counts = (steps > 0) & trees.all_finite(answer)

@@ -132,6 +132,11 @@ class Stragglers(Selector):
         """What ``selector`` reads."""
         return self.selector.reads
 
+    @property
+    def versions(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Those of ``selector``."""
+        return self.selector.versions
+
     def init(self, population: int) -> Any:
         """The state of ``selector``."""
         return self.selector.init(population)
@@ -163,3 +168,16 @@ class Stragglers(Selector):
         draws = jnp.where(valid, jax.random.uniform(key, valid.shape), 2.0)
         ranks = jnp.argsort(jnp.argsort(draws))
         return valid & (ranks < valid.sum() - jnp.round(valid.sum() * (1 - self.share)))
+
+
+def as_selector(cohort_size: int | None, selector: Any) -> Selector:
+    """The selector as given, or who takes part where only their number is; everyone where not even that.
+
+    Raises:
+        ValueError: If both are given.
+    """
+    if cohort_size is not None and selector is not None:
+        raise ValueError("Expected cohort_size or selector, got both. Give the selector its size.")
+    if selector is not None:
+        return part.build("selector", selector, "selector")
+    return Everyone() if cohort_size is None else Uniform(cohort_size)

@@ -98,6 +98,34 @@ def test_other_ways_to_run_give_the_same_clock(options):
     assert [report.clients.tolist() for report in plain] == [report.clients.tolist() for report in other]
 
 
+RULES = {
+    "weighted": jaxfed.Weighted(2, np.ones(5)),
+    "criterion": Criterion(2, over="mean"),
+    "composition": jaxfed.Composition([Uniform(1), Criterion(1)]),
+    "oort": Oort(3, examples=np.ones(5), seconds=SECONDS, metric="loss", most_picks=3),
+    "first to finish": FirstToFinish(Uniform(3), keep=2, seconds=SECONDS, availability=windows([[0]] * 5, [[40]] * 5, [50] * 5)),
+    "asynchronous": jaxfed.Asynchronous(Uniform(3), buffer=2, seconds=SECONDS),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+@pytest.mark.usefixtures("x64")
+def test_rules_run_in_double_precision_and_are_traced_once(name):
+    traced = []
+
+    class Noted(type(RULES[name]), register=False):
+        def observe(self, state, cohort, metrics):
+            traced.append(name)
+            return super().observe(state, cohort, metrics)
+
+    rule = Noted(**{field: getattr(RULES[name], field) for field in RULES[name].get_config()})
+    sim = simulation(rule)
+    state, _ = sim.run(sim.init({"w": jnp.asarray(2.0)}, key=jax.random.key(0)), rounds=2)
+    seen = len(traced)
+    sim.run(state, rounds=3)
+    assert len(traced) == seen > 0
+
+
 def test_guided_selection_reaches_a_loss_sooner_than_chance():
     """Ten clients of twenty are thirty times as slow, and all have the same to teach."""
     rng = np.random.default_rng(0)

@@ -1,30 +1,19 @@
 """Selections by weights, reports and several rules: beside closed forms and plain loops; what is refused."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from server.selections import DRAWS, draw, fits, loss, run, simulation
+from server.selections import DRAWS, Fixed, draw, fits, loss, run, simulation
 
 import jaxfed
-from jaxfed import Composition, Criterion, Oort, Ranked, Stragglers, Uniform, Weighted
+from jaxfed import Composition, Criterion, Oort, Stragglers, Uniform, Weighted
 from jaxfed.base import Cohort
 from jaxfed.server.selection import highest
 
 
 def cohort_of(*ids, valid=None):
     return Cohort(jnp.array(ids), jnp.ones(len(ids), bool) if valid is None else jnp.array(valid), jnp.ones(len(ids)))
-
-
-class Fixed(Ranked, register=False):
-    """Given scores."""
-
-    score: Any = jaxfed.part.by_client()
-
-    def scores(self, state, key, round, population):
-        return jnp.where(self.score == -1, -jnp.inf, jnp.where(self.score == -2, jnp.nan, self.score))
 
 
 def test_the_highest_are_taken_and_equal_ones_at_random():
