@@ -379,9 +379,10 @@ def _first_state(
     kept = jax.eval_shape(algorithm.client.init_kept, params, key)
     shared, versions = algorithm.client.shared(params), selector.versions
     server = algorithm.server.start_server(shared, jax.random.fold_in(key, _SERVER))
-    first = Broadcast(params, stats, algorithm.server.send(server), jnp.zeros((), jnp.int32))
+    number = jnp.zeros((), jnp.int32)
+    first = Broadcast(params, stats, algorithm.server.send(server), number)
     state = RunState(
-        round=first.round,
+        round=number,
         params=trees.copy(params),
         stats=trees.copy(stats),
         server=server,
