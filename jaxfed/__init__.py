@@ -8,6 +8,7 @@ from jaxfed import attacks, trees
 from jaxfed.algorithms import (
     adaalter,
     build_recipe,
+    dpfedavg,
     fedadagrad,
     fedadam,
     fedavg,
@@ -37,6 +38,7 @@ from jaxfed.client.batches import ClientRows, Epochs, Poisson, Steps
 from jaxfed.client.gradients import SVRG, MeanGradient
 from jaxfed.client.local import LocalTraining
 from jaxfed.client.precision import HalfPrecision
+from jaxfed.client.privacy import PrivateGradient
 from jaxfed.client.surveys import FullGradient
 from jaxfed.data.federated import FederatedData
 from jaxfed.differentiable import differentiable_rounds
@@ -81,9 +83,10 @@ from jaxfed.server.fair import Agnostic, QFair
 from jaxfed.server.geometric import Bulyan, CentredClipping, GeometricMedian, Krum
 from jaxfed.server.normalized import FedNova
 from jaxfed.server.oort import Oort
+from jaxfed.server.private import AdaptivePrivateMean, PrivateMean
 from jaxfed.server.ranking import Composition, Criterion, Weighted
 from jaxfed.server.robust import Median, NormBound, TrimmedMean
-from jaxfed.server.selection import Everyone, Ranked, Stragglers, Uniform
+from jaxfed.server.selection import Everyone, PoissonSampling, Ranked, Stragglers, Uniform
 from jaxfed.simulation import Simulation
 from jaxfed.stopping import BestModel, EarlyStopping
 from jaxfed.sweep import Sweep, sweep
@@ -96,6 +99,7 @@ __all__ = [
     "AdaAlterServer",
     "Adagrad",
     "Adam",
+    "AdaptivePrivateMean",
     "Aggregator",
     "Agnostic",
     "Algorithm",
@@ -163,7 +167,10 @@ __all__ = [
     "Part",
     "PiecewiseDecay",
     "Poisson",
+    "PoissonSampling",
     "PolynomialDecay",
+    "PrivateGradient",
+    "PrivateMean",
     "Profile",
     "QFair",
     "RMSProp",
@@ -200,6 +207,7 @@ __all__ = [
     "count",
     "differentiable_rounds",
     "ditto",
+    "dpfedavg",
     "fedadagrad",
     "fedadam",
     "fedavg",

@@ -15,6 +15,7 @@ from jaxfed.optimizer.paired import AdaAlterClient, AdaAlterServer, ScaffoldClie
 from jaxfed.optimizer.regularizers import FedProx
 from jaxfed.server.aggregators import Mean
 from jaxfed.server.asynchronous import Buffered
+from jaxfed.server.private import PrivateMean
 
 
 def fedavg(
@@ -175,8 +176,32 @@ def fedbuff(loss: Any, *, power: float = 0.5, weights: str = "uniform", **option
     return fedavg(loss, weights=weights, **options).replace(aggregator=Buffered(weights, power))
 
 
+def dpfedavg(loss: Any, *, max_norm: float = 1.0, noise_multiplier: float = 1.0, expected: int, **options: Any) -> Algorithm:
+    """FedAvg that is differentially private by client: clipped updates, and noise on their sum.
+
+    Clients are to be drawn by :class:`PoissonSampling`; :mod:`jaxfed.accounting` says what a run spends.
+
+    Args:
+        loss: As in :func:`fedavg`, of a model without statistics.
+        max_norm: The greatest norm of a client's update.
+        noise_multiplier: The noise's standard deviation over ``max_norm``, on the sum.
+        expected: Clients a round, on average.
+        **options: As in :func:`fedavg`, but for ``weights``: all weigh alike.
+
+    Raises:
+        ValueError: If ``weights`` are given that are not uniform.
+
+    References:
+        McMahan et al., `Learning Differentially Private Recurrent Language Models <https://arxiv.org/abs/1710.06963>`_, 2018
+    """
+    if (weights := options.pop("weights", "uniform")) != "uniform":
+        raise ValueError(f"dpfedavg: expected weights='uniform', as other weights could not be hidden, got {weights!r}.")
+    return fedavg(loss, **options).replace(aggregator=PrivateMean(expected, max_norm, noise_multiplier))
+
+
 RECIPES: dict[str, Callable[..., Algorithm]] = {
-    recipe.__name__: recipe for recipe in (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi, scaffold, adaalter, fedbuff)
+    recipe.__name__: recipe
+    for recipe in (fedavg, fedprox, fedavgm, fedadagrad, fedadam, fedyogi, scaffold, adaalter, fedbuff, dpfedavg)
 }
 """The recipes by name."""
 

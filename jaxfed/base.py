@@ -73,6 +73,7 @@ class CohortInfo(NamedTuple):
         population_weight: The sum of the aggregator's weights over the whole population.
         clients: How many clients counted.
         weight: The sum of their weights.
+        key: For what the server draws, new in every round.
     """
 
     round: jax.Array | int
@@ -80,6 +81,7 @@ class CohortInfo(NamedTuple):
     population_weight: jax.Array | float
     clients: jax.Array | int
     weight: jax.Array | float
+    key: jax.Array | None = None
 
 
 class Upload(NamedTuple):
@@ -298,7 +300,7 @@ class Aggregator(Part, kind="aggregator"):
         weighed = jnp.where(weights > 0, jax.vmap(self.weigh)(metrics), 0)
         uploads = trees.where_rows(weighed > 0, Upload(trees.widen(updates), (), {}, metrics))
         one = jax.tree.map(lambda x: x[0], updates)
-        info = CohortInfo(0, len(weights), weighed.sum(), (weighed > 0).sum(), weighed.sum())
+        info = CohortInfo(0, len(weights), weighed.sum(), (weighed > 0).sum(), weighed.sum(), jax.random.key(0))
         return trees.cast_like(self.combine(uploads, weighed, self.init(one), info)[0].delta, one)
 
 

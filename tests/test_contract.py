@@ -45,6 +45,10 @@ AGGREGATORS = {
     "bulyan": {"byzantine": 0},
     "geometric-median": {"smoothing": 1e-3, "iterations": 5, "by": "examples"},
     "centred-clipping": {"radius": 2.0, "iterations": 3, "by": "steps"},
+    "private-mean": {"max_norm": 0.7, "noise_multiplier": 1.5, "expected": 4},
+    "adaptive-private-mean": {
+        **{"max_norm": 0.7, "noise_multiplier": 1.5, "expected": 4, "quantile": 0.4, "rate": 0.3, "count_std": 2.0}
+    },
     "buffered": {"by": "examples", "power": 0.25},
     "norm-bounding": {"max_norm": 2.0, "by": "examples"},
     "fednova": {"by": "uniform"},
@@ -118,6 +122,7 @@ OTHERS = {
     "selector": {
         "everyone": {},
         "uniform": {"size": 3},
+        "poisson": {"size": 2, "rate": 0.4},
         "weighted": {"size": 2, "weights": [0.5, 0.0, 3.0]},
         "criterion": {"size": 2, "metric": "update_norm", "lowest": True, "over": "mean", "missing": "equal"},
         "composition": {"selectors": [["uniform", {"size": 3}], ["criterion", {"size": 1}]]},
@@ -144,7 +149,12 @@ OTHERS = {
         },
         "stragglers": {"selector": ["uniform", {"size": 3}], "share": 0.4, "late": "drop", "epochs": 7},
     },
-    "gradient": {"mean": {}, "svrg": {"rule": "mean"}, "half-precision": {"rule": "svrg", "dtype": "float16"}},
+    "gradient": {
+        "mean": {},
+        "svrg": {"rule": "mean"},
+        "half-precision": {"rule": "svrg", "dtype": "float16"},
+        "private": {"expected": 3.0},
+    },
     "survey": {"full-gradient": {}},
     "measure": {"domain": {}, "loss_rms": {}, "start_loss": {}, "update_divergence": {}, "update_norm": {}},
     "availability": {"windows": {"begins": [[0.0, 3.0]], "ends": [[1.0, 4.0]], "period": [5.0]}},

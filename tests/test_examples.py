@@ -58,6 +58,12 @@ def test_selection(load):
     assert hours["Oort"] < 0.8 * hours["chance, the first to finish"] < 0.8 * hours["chance, waits for all"] < np.inf
 
 
+def test_private(load):
+    """A small budget costs accuracy."""
+    accuracy = load("private").main((0.5, np.inf))
+    assert 0.5 < accuracy[0.5] < accuracy[np.inf] - 0.05
+
+
 def test_robust(load, capsys):
     table = load("robust").main(("mean", "median"), ("sign flip",), rounds=20)
     assert table[0] < 0.3 < 0.7 < table[1]

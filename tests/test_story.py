@@ -14,10 +14,10 @@ STORY = """
     checks part trees permutation programs base
     optimizer.rates optimizer.schedules optimizer.regularizers optimizer.momentum optimizer.adaptive optimizer.clipping
     optimizer.noise optimizer.paired optimizer.feddyn optimizer.mime optimizer.foreign optimizer.optimizer
-    client.batches client.gradients client.precision client.measures client.local client.surveys
+    client.batches client.gradients client.precision client.privacy client.measures client.local client.surveys
     personal.wrapper personal.partial personal.ditto personal.pfedme personal.fedem personal.apfl personal.finetune
     server.aggregators server.normalized server.fair server.robust server.geometric
-    server.selection server.ranking server.oort server.clock server.asynchronous attacks
+    server.selection server.ranking server.oort server.clock server.asynchronous server.private attacks
     engine.algorithm engine.mesh engine.population engine.sums engine.lanes engine.cohort engine.survey engine.round
     engine.rounds engine.compilation engine.evaluation
     algorithms algorithms_corrected algorithms_personal
@@ -25,7 +25,7 @@ STORY = """
     models.windows models.image_loops models.layers models.recurrent models.advice models.losses models.survival
     models.functions models.adapters models.rnn models.reference models
     reports stopping placement paging lane_choice simulation differentiable hyperparameters side_by_side sweep
-    bottleneck costs step_costs profiling testing
+    accounting bottleneck costs step_costs profiling testing
     run.environment run.machines run.section run.config run.journal run.tables run.checkpoint run.history run.client_curves
     run.watching run.export run.plots run.client_plots run.sweep_plots run.listing run.show run.build run.folder run.training
     run.sweeping run run.commands run.cli

@@ -19,8 +19,8 @@ from jaxfed.engine.sums import Reduced, reduce_cohort, share_of
 from jaxfed.engine.survey import survey_cohort
 
 # Each use of a round's randomness has a stream of its own, so that adding one leaves the others as they were.
-STREAMS = 3
-SELECTION, CLIENTS, SURVEY = range(STREAMS)
+STREAMS = 4
+SELECTION, CLIENTS, SURVEY, SERVER = range(STREAMS)
 # A client's key is its own; what it first keeps is drawn from a stream that local training and its like do not use.
 FIRST_KEPT = 2**16
 
@@ -69,7 +69,7 @@ def run_round(
         client, cohort, steps, keys[CLIENTS], tables, (population,), lanes
     )
 
-    info = CohortInfo(state.round, population.count, population.weight, total.clients, total.weight)
+    info = CohortInfo(state.round, population.count, population.weight, total.clients, total.weight, keys[SERVER])
     reduced = reduce_cohort(algorithm, total, stacked, weights, state, info)
     state = server_step(algorithm, state, reduced, info)
     observed = selector.observe(state.selector, cohort, metrics)

@@ -9,7 +9,7 @@ from jaxfed import part, trees
 from jaxfed.base import OptiModule, Params
 
 
-def _clip(updates: Params, max_norm: Any) -> Params:
+def clip(updates: Params, max_norm: Any) -> Params:
     """``updates * min(max_norm / norm, 1)``, with one norm over all leaves, computed in float32 or wider."""
     wide = trees.widen(updates)
     factor = max_norm / jnp.maximum(trees.norm(wide), max_norm)
@@ -37,7 +37,7 @@ class L2Clipping(OptiModule):
 
     def update(self, updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
         """The clipped leaves."""
-        return jax.tree.map(lambda g: _clip(g, self.max_norm), updates), state
+        return jax.tree.map(lambda g: clip(g, self.max_norm), updates), state
 
 
 class L2GlobalClipping(OptiModule):
@@ -59,4 +59,4 @@ class L2GlobalClipping(OptiModule):
 
     def update(self, updates: Params, state: Any, params: Params | None = None) -> tuple[Params, Any]:
         """The clipped tree."""
-        return _clip(updates, self.max_norm), state
+        return clip(updates, self.max_norm), state

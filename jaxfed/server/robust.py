@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxfed import part
 from jaxfed.base import Aggregator, CohortInfo, Params, Upload
-from jaxfed.optimizer.clipping import L2GlobalClipping
+from jaxfed.optimizer.clipping import clip
 from jaxfed.server.aggregators import Mean, as_weighting
 
 
@@ -114,8 +114,7 @@ class NormBound(Mean):
 
     def prepare(self, upload: Upload, sent: Any) -> Params:
         """``n_i u_i`` of the clipped update."""
-        clipped, _ = L2GlobalClipping(self.max_norm).update(upload.delta, ())
-        return super().prepare(upload._replace(delta=clipped), sent)
+        return super().prepare(upload._replace(delta=clip(upload.delta, self.max_norm)), sent)
 
 
 def by_coordinate(rule: Callable[[jax.Array, jax.Array], jax.Array], tree: Any, counts: jax.Array) -> Any:

@@ -95,6 +95,42 @@ class Uniform(Ranked):
         return Cohort(ids, jnp.ones(self.size, bool), jnp.ones(self.size))
 
 
+class PoissonSampling(Selector):
+    """Each client with the same probability, independently: what privacy accounting assumes.
+
+    How many take part is drawn from Binomial(N, rate) and cut at ``size``; who, by a keyed permutation. What is cut is not
+    covered by an accountant: let ``size`` be so large that it hardly ever happens.
+
+    Args:
+        size: ``C``, the most clients of a round.
+        rate: The probability to take part, above 0 and at most 1.
+
+    Example:
+        >>> cohort = PoissonSampling(9, rate=0.5).select((), jax.random.key(0), jnp.array(0), 10)
+        >>> print(cohort.valid.sum())
+        4
+    """
+
+    name = "poisson"
+    size: int = part.size()
+    rate: float = part.number(above=0, at_most=1)
+
+    def cohort_size(self, population: int) -> int:
+        """``C``.
+
+        Raises:
+            ValueError: If the population is smaller.
+        """
+        return Uniform(self.size).cohort_size(population)
+
+    def select(self, state: Any, key: jax.Array, round: jax.Array, population: int) -> Cohort:
+        """A uniformly random set whose size is binomial."""
+        order_key, count_key = jax.random.split(key)
+        drawn = jax.random.binomial(count_key, jnp.float32(population), self.rate)
+        places = jnp.arange(self.size)
+        return Cohort(permute(order_key, places, population), places < drawn, jnp.ones(self.size))
+
+
 class Stragglers(Selector):
     r"""A share of each cohort is late: it does only some of its local work, or drops out.
 
