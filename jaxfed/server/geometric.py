@@ -41,7 +41,8 @@ class Krum(WeighingRule):
     .. math:: s_i = \sum_{j \in N_i} \lVert u_i - u_j \rVert_2^2
 
     where :math:`N_i` are the :math:`n - f - 2` clients nearest to :math:`i`, at least one. The ``chosen`` clients of the smallest
-    scores are averaged; of equal scores the one is taken whose squared distances to all add up to less, then the first.
+    scores are averaged, at most :math:`n - f` where some do not count, so that no liar is needed to fill up their number. Of
+    equal scores the one is taken whose squared distances to all add up to less, then the first.
 
     Args:
         byzantine: :math:`f`, how many clients may lie.
@@ -70,8 +71,10 @@ class Krum(WeighingRule):
         if self.chosen + self.byzantine > len(weights):
             what = f"krum averages chosen={self.chosen} of {len(weights)} clients, of which byzantine={self.byzantine} may lie"
             raise ValueError(f"{what}. Choose at most {len(weights) - self.byzantine}.")
-        best = krum_order(squared_distances(updates), weights > 0, self.byzantine)[: self.chosen]
-        return jnp.zeros_like(weights).at[best].set(weights[best])
+        counts = weights > 0
+        best = krum_order(squared_distances(updates), counts, self.byzantine)[: self.chosen]
+        taken = jnp.arange(self.chosen) < jnp.maximum(counts.sum() - self.byzantine, 1)
+        return jnp.zeros_like(weights).at[best].set(jnp.where(taken, weights[best], 0))
 
 
 class Bulyan(Aggregator):

@@ -147,6 +147,12 @@ def test_centred_clipping_comes_a_radius_nearer_each_round():
     np.testing.assert_allclose(places, [3, 6, 9, 10], rtol=1e-6)
 
 
+def test_multi_krum_takes_no_liar_to_fill_up_its_number():
+    """Seven are to be averaged, of which one does not count: the six others are all that is left beside three liars."""
+    weights = jnp.ones(10).at[0].set(0)
+    assert aggregate(Krum(3, 7), jnp.array([*range(7), 1e30, 1e30, 1e30]), weights) == 3.5
+
+
 def test_krum_takes_the_first_of_equals():
     square = np.array([[0, 0, 9], [0, 1, 0], [1, 0, 0], [-1, 0, 0], [0, -1, 0]])
     for order in ([0, 1, 2, 3, 4], [3, 0, 4, 2, 1]):
