@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxfed import part, trees
+from jaxfed import checks, part, trees
 from jaxfed.part import Part
 
 Params = Any
@@ -283,21 +283,25 @@ class Aggregator(Part, kind="aggregator"):
 
         Args:
             updates: Like ``params`` with a leading ``[C]``.
-            weights: ``[C]`` what each client would weigh: its examples and its steps; 0 leaves it out.
+            weights: ``[C]`` what each client would weigh: its examples and its steps; 0 leaves it out, as does an update that is
+                not finite.
 
         Returns:
             The aggregate, like ``params``.
 
         Raises:
-            ValueError: If a leaf and the weights differ in their leading axis.
+            ValueError: If there is no leaf, or a leaf and the weights differ in their leading axis.
         """
         leaves, weights = jax.tree.leaves(updates), jnp.asarray(weights)
+        if not leaves:
+            raise ValueError(f"aggregate: expected updates with at least one array, got {checks.describe(updates)}.")
         if weights.ndim != 1 or any(jnp.shape(leaf)[:1] != weights.shape for leaf in leaves):
             got = [jnp.shape(leaf) for leaf in leaves]
             raise ValueError(f"aggregate: expected weights [C] and leaves [C, ...], got weights {weights.shape}, leaves {got}.")
         weights = trees.widen(jnp.asarray(weights, float))
         metrics = {"examples": weights, "steps": weights} | {name: jnp.ones_like(weights) for name in ("loss", *self.reads)}
-        weighed = jnp.where(weights > 0, jax.vmap(self.weigh)(metrics), 0)
+        counts = (weights > 0) & jax.vmap(trees.all_finite)(updates)
+        weighed = jnp.where(counts, jax.vmap(self.weigh)(metrics), 0)
         uploads = trees.where_rows(weighed > 0, Upload(trees.widen(updates), (), {}, metrics))
         one = jax.tree.map(lambda x: x[0], updates)
         info = CohortInfo(0, len(weights), weighed.sum(), (weighed > 0).sum(), weighed.sum(), jax.random.key(0))

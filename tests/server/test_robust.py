@@ -96,6 +96,15 @@ def test_no_client_that_counts_gives_zeros(name):
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state))
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("name", RULES)
+def test_an_update_that_is_not_finite_is_left_out_as_in_a_round(name, bad):
+    x, w = draws(7)
+    without = aggregate(RULES[name][0], jnp.asarray(x), jnp.asarray(w).at[4].set(0))
+    x[4, 2] = bad
+    np.testing.assert_array_equal(aggregate(RULES[name][0], jnp.asarray(x), jnp.asarray(w)), without)
+
+
 @pytest.mark.parametrize("name", ["median", "trimmed mean", "geometric median", "centred clipping", "norm bound"])
 def test_cohort_of_one(name):
     x, w = draws(8, clients=1)
@@ -274,6 +283,12 @@ def test_bulyan_finds_the_one_wrong_number_that_krum_lets_through():
 def test_too_small_a_cohort(rule, clients, text):
     with pytest.raises(ValueError, match=text):
         rule.aggregate(jnp.ones((clients, 2)), jnp.ones(clients))
+
+
+@pytest.mark.parametrize("rule", [Mean("uniform"), Median(), Krum(0), GeometricMedian()], ids=lambda rule: rule.name)
+def test_updates_without_an_array(rule):
+    with pytest.raises(ValueError, match=r"updates with at least one array, got \{\}"):
+        rule.aggregate({}, jnp.ones(3))
 
 
 @pytest.mark.parametrize(
