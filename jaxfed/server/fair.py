@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from jaxfed import part, trees
 from jaxfed.base import CohortInfo, Params, Upload
-from jaxfed.server.aggregators import WeightedAggregator, as_weighting, over_weight, reciprocal
+from jaxfed.server.aggregators import WeightedAggregator, as_weighting, over_weight
 
 # What a loss is at least: powers of 0 would have no slope.
 _SMALLEST_LOSS = 1e-10
@@ -22,7 +22,10 @@ class QFair(WeightedAggregator):
 
     where :math:`F_i` is the client's loss at :math:`w_t`, at least 0. This minimises :math:`\sum_i n_i F_i^{q+1} / (q + 1)`,
     exactly so with one local step over all of a client's rows; more local steps drift as those of FedAvg do. With :math:`q = 0`
-    it is :class:`Mean` with the same ``by``. The client must measure ``"start_loss"``.
+    it is :class:`Mean` with the same ``by``, bit for bit. The client must measure ``"start_loss"``.
+
+    :math:`F_i^q` must be a number of float32: a client of which it overflows (a loss of 10 with q = 40) does not count, and where
+    all vanish (losses of 0.1 with q = 40) nothing moves.
 
     Args:
         by: What a client weighs beside, ``n_i``: ``"examples"``, ``"steps"`` or ``"uniform"`` (the paper's cohorts are drawn in
@@ -45,11 +48,10 @@ class QFair(WeightedAggregator):
     lrate: float = part.number(default=0.1, above=0)
 
     def prepare(self, upload: Upload, sent: Any) -> tuple[Params, jax.Array]:
-        """``n_i F_i^q delta_i`` and ``n_i (q F_i^(q-1) |delta_i|^2 + F_i^q / lrate)``."""
-        loss = jnp.maximum(upload.metrics["start_loss"], _SMALLEST_LOSS)
-        way = trees.divide(trees.widen(upload.delta), self.lrate)
+        """The client's terms of both sums, times ``lrate``: ``n_i F_i^q (w_t - w_i)`` and what divides it."""
+        loss, way = jnp.maximum(upload.metrics["start_loss"], _SMALLEST_LOSS), trees.widen(upload.delta)
         power = self.weigh(upload.metrics) * loss**self.q
-        curvature = self.q * jnp.square(trees.norm(way)) / loss + 1 / self.lrate
+        curvature = 1 + self.q * jnp.square(trees.norm(way)) / (self.lrate * loss)
         return trees.scale(power, way), power * curvature
 
     def finalize(self, total: tuple[Params, jax.Array], state: Any, info: CohortInfo) -> tuple[Params, Any]:
@@ -78,7 +80,7 @@ class Agnostic(WeightedAggregator):
     the simplex nearest to :math:`\lambda + \gamma F`. Domains to which no client of the round belongs keep their share.
 
     The client must measure ``"start_loss"`` and ``"domain"``: the data hold a number from 0 to D - 1 under the key ``"domain"``.
-    The sum takes the memory of D models.
+    A client of any other domain does not count, and is reported so. The sum takes the memory of D models.
 
     Args:
         by: What a client weighs within its domain, ``n_i``: ``"examples"``, ``"steps"`` or ``"uniform"``.
@@ -104,30 +106,35 @@ class Agnostic(WeightedAggregator):
 
     def prepare(self, upload: Upload, sent: Any) -> DomainSums:
         """The client's part, in its domain's row."""
-        row = jax.nn.one_hot(upload.metrics["domain"].astype(jnp.int32), self.domains, dtype=float)
-        weights = row * self.weigh(upload.metrics)
+        row = upload.metrics["domain"] == jnp.arange(self.domains)
+        # What is not finite is left out and reported; a row of zeros would be silence.
+        weights = jnp.where(row.any(), row * self.weigh(upload.metrics), jnp.nan)
         updates = jax.vmap(lambda weight: trees.scale(weight, trees.widen(upload.delta)))(weights)
         return DomainSums(updates, weights, weights * upload.metrics["start_loss"])
 
     def finalize(self, total: DomainSums, state: jax.Array, info: CohortInfo) -> tuple[Params, jax.Array]:
         """The mean of the domains' means, and the shares after the ascent."""
-        seen, inverse = total.weights > 0, reciprocal(total.weights)
+        seen = total.weights > 0
         shares = jnp.where(seen, state, 0)
-        factors = shares * inverse * reciprocal(shares.sum())
+        factors = over_weight(over_weight(shares, shares.sum()), total.weights)
         gradient = jax.tree.map(lambda x: x.sum(0), jax.vmap(trees.scale)(factors, total.updates))
         climb = climb_projected if self.ascent == "projected" else climb_exponentiated
-        return gradient, jnp.where(seen, climb(shares, self.rate * total.losses * inverse, seen), state)
+        slopes = self.rate * over_weight(total.losses, total.weights)
+        return gradient, jnp.where(seen, climb(shares, slopes, seen), state)
 
 
 def climb_exponentiated(shares: jax.Array, slopes: jax.Array, seen: jax.Array) -> jax.Array:
-    """Exponentiated ascent ``[D]`` over the domains that were seen; their sum stays.
+    """Exponentiated ascent ``[D]`` over the domains that were seen; their sum stays, and no share of theirs becomes 0.
 
     >>> shares = climb_exponentiated(jnp.array([0.5, 0.5]), jnp.log(jnp.array([1.0, 3.0])), jnp.ones(2, bool))
     >>> [round(share, 3) for share in shares.tolist()]
     [0.25, 0.75]
     """
-    raised = shares * jnp.exp(jnp.where(seen, slopes - slopes.max(where=seen, initial=-jnp.inf), -jnp.inf))
-    return shares.sum() * raised * reciprocal(raised.sum())
+    smallest = jnp.finfo(shares.dtype).tiny
+    # By logarithms, and never 0: a domain whose share has underflown could not rise again when its loss does.
+    heights = jnp.log(jnp.maximum(shares, smallest)) + slopes
+    raised = jnp.exp(jnp.where(seen, heights - heights.max(where=seen, initial=-jnp.inf), -jnp.inf))
+    return jnp.where(seen, jnp.maximum(shares.sum() * over_weight(raised, raised.sum()), smallest), 0)
 
 
 def climb_projected(shares: jax.Array, slopes: jax.Array, seen: jax.Array) -> jax.Array:

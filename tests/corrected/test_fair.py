@@ -9,7 +9,7 @@ from corrected.loops import OPTIONS, RATE, SIZES, START, clients, data, descend,
 import jaxfed
 from jaxfed import Agnostic, Algorithm, Epochs, LocalTraining, QFair, fedavg
 from jaxfed.algorithms_corrected import afl, qfedavg
-from jaxfed.server.fair import climb_projected
+from jaxfed.server.fair import climb_exponentiated, climb_projected
 
 MIN_MAX = 0.759746926648
 ONE = {"lrate": 0.05, "batch_size": None, "steps": 1, "weights": "uniform"}
@@ -36,9 +36,9 @@ def test_qfedavg_is_the_papers(lanes, q, weights):
 
 
 @pytest.mark.parametrize("weights", ["uniform", "examples"])
-def test_q_of_zero_is_fedavg_with_the_same_weights(weights):
+def test_q_of_zero_is_fedavg_with_the_same_weights_bit_for_bit(weights):
     fair, plain = (run(recipe(loss, weights=weights, **options), 1)[0] for recipe, options in variants())
-    np.testing.assert_allclose(fair, plain, rtol=1e-12)
+    np.testing.assert_array_equal(fair, plain)
 
 
 def variants():
@@ -112,6 +112,17 @@ def test_agnostic_is_the_papers(lanes, ascent, domain):
     np.testing.assert_allclose(path, slow_agnostic(cohorts, np.array(domain), count, 0.3, ascent), rtol=1e-11)
 
 
+def test_a_client_of_no_known_domain_does_not_count():
+    domain, known = np.array([0, 2, 1, -1]), np.array([0, 2])
+    algorithm = afl(loss, domains=2, ascent_rate=0.3, **OPTIONS)
+    path, cohorts = run(algorithm, 3, {"domain": domain})
+    known_cohorts = [cohort[np.isin(cohort, known)] for cohort in cohorts]
+    np.testing.assert_allclose(path, slow_agnostic(known_cohorts, domain, 2, 0.3, "exponentiated"), rtol=1e-11)
+    simulation = jaxfed.Simulation(algorithm, data({"domain": domain}), lanes=3)
+    _, history = simulation.run(simulation.init(START, key=jax.random.key(0)), rounds=1)
+    assert history[0].excluded == [1, 3]
+
+
 @pytest.mark.parametrize("ascent", ["exponentiated", "projected"])
 @pytest.mark.parametrize("sizes", [(1, 1), (10, 2)])
 def test_agnostic_ends_at_the_min_max(ascent, sizes):
@@ -123,6 +134,15 @@ def test_agnostic_ends_at_the_min_max(ascent, sizes):
         # l x = (1 - l) 10 (1 - x)
         odds = 10 * (1 - MIN_MAX) / MIN_MAX
         np.testing.assert_allclose(state.aggregator, [odds / (1 + odds), 1 / (1 + odds)], rtol=1e-8)
+
+
+def test_a_share_that_underflows_rises_again():
+    """In exact arithmetic e^-300 of a share is not nothing: once its loss is the higher one, the domain has all of it again."""
+    both, shares = jnp.ones(2, bool), jnp.full(2, 0.5, jnp.float32)
+    for slopes, winner in (([300.0, 0.0], 0), ([0.0, 300.0], 1), ([1e6, 0.0], 0), ([0.0, 1e6], 1)):
+        shares = climb_exponentiated(shares, jnp.asarray(slopes, jnp.float32), both)
+        assert float(shares[winner]) == pytest.approx(1)
+        assert float(shares.sum()) == pytest.approx(1)
 
 
 def test_projection_is_the_nearest_point():
