@@ -117,15 +117,12 @@ class GradientMaskedMean(WeightedAggregator):
 
 
 def over_weight(total: Any, weight: ArrayLike) -> Any:
-    """``total / weight``, a tree; zeros for a weight of 0. A product with a rounded ``1 / weight`` would miss exact means."""
+    """``total / weight``, a tree; zeros for a weight of 0: a round in which nobody counted.
+
+    A product with a rounded ``1 / weight`` would miss exact means.
+    """
     weight = jnp.asarray(weight)
     return trees.divide(trees.select(weight > 0, total, trees.zeros_like(total)), jnp.where(weight > 0, weight, 1))
-
-
-def reciprocal(weight: ArrayLike) -> jax.Array:
-    """``1 / weight``, and 0 for a weight of 0: a round in which nobody counted."""
-    weight = jnp.asarray(weight)
-    return jnp.where(weight > 0, 1 / jnp.where(weight > 0, weight, 1), 0)
 
 
 def list_aggregators() -> dict[str, type]:

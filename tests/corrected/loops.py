@@ -57,12 +57,12 @@ def data(extra=None):
     return jaxfed.FederatedData.from_arrays(arrays, owner)
 
 
-def run(algorithm, lanes, extra=None):
+def run(algorithm, lanes, extra=None, start=START):
     """The weights ``[R, 2]`` after each of three rounds, and the cohorts ``[R, C]``; batches come in the order of the data."""
     ordered = algorithm.replace(client=algorithm.client.replace(batches=jaxfed.Epochs(BATCH, False, EPOCHS)))
     simulation = jaxfed.Simulation(ordered, data(extra), COHORT, lanes=lanes)
-    done = list(simulation.rounds(simulation.init(START, key=jax.random.key(3)), rounds=ROUNDS))
-    return np.array([state.params for state, _ in done]), [report.clients for _, report in done]
+    done = list(simulation.rounds(simulation.init(start, key=jax.random.key(3)), rounds=ROUNDS))
+    return np.array([np.hstack(jax.tree.leaves(state.params)) for state, _ in done]), [report.clients for _, report in done]
 
 
 def parabola(x, batch, key):

@@ -7,14 +7,15 @@ from corrected.loops import OPTIMUM, OPTIONS, RATE, SIZES, START, clients, desce
 
 from jaxfed import FedNova, Optimizer, Upload, fedavg
 from jaxfed.algorithms_corrected import fednova
+from jaxfed.optimizer.rates import FromSchedule
 
 
-def slow(cohorts):
+def slow(cohorts, rate=RATE):
     """Wang et al. 2020: d_i = delta_i / a_i, tau = sum p_i a_i, w <- w - tau sum p_i d_i."""
     w, path = START, []
     for cohort in cohorts:
         p = SIZES[cohort] / SIZES[cohort].sum()
-        ends = [descend(w, *clients()[i]) for i in cohort]
+        ends = [descend(w, *clients()[i], rate=rate) for i in cohort]
         directions = np.array([(w - y) / steps for y, steps in ends])
         w = w - (p @ [steps for _, steps in ends]) * (p @ directions)
         path.append(w)
@@ -49,7 +50,8 @@ def test_equal_steps_are_fedavg():
 def reach(optimizer, steps):
     """``a_i``, in units of the learning rate."""
     metrics = {"examples": jnp.ones(()), "steps": jnp.asarray(steps, float), "loss": jnp.ones(())}
-    return float(FedNova("uniform", optimizer).prepare(Upload(jnp.ones(()), (), {}, metrics), ())[1]) / RATE
+    aggregator, upload = FedNova("uniform", optimizer), Upload(jnp.ones(()), (), {}, metrics)
+    return float(aggregator.prepare(upload, aggregator.send(aggregator.init(jnp.ones(()))))[1]) / RATE
 
 
 @pytest.mark.parametrize("steps", [1, 2, 7])
@@ -88,6 +90,42 @@ def test_fednova_with_local_momentum(lanes):
     optimizer = Optimizer(RATE, modules=[("momentum", {"beta": 0.5})])
     path, cohorts = run(fednova(loss, **(OPTIONS | {"lrate": optimizer})), lanes)
     np.testing.assert_allclose(path, slow_momentum(cohorts), rtol=1e-12)
+
+
+def rate_of(round):
+    """0, 0.05, 0.04."""
+    return 0.1 * round / (1.0 + round * round)
+
+
+def slow_prox(cohorts, mu):
+    """A reach of (1 - (1 - eta mu)^K) / mu, which is that of the round's own rate."""
+    w, path = START, []
+    for eta, cohort in zip(map(rate_of, range(3)), cohorts):
+        p, anchor = SIZES[cohort] / SIZES[cohort].sum(), w
+        ends = [descend(w, *clients()[i], lambda w, x, y, a=anchor: gradient(w, x, y) + mu * (w - a), eta) for i in cohort]
+        norms = np.array([(1 - (1 - eta * mu) ** steps) / mu for _, steps in ends])
+        if eta > 0:
+            w = w - (p @ norms) * (p @ ((w - np.array([y for y, _ in ends])) / norms[:, None]))
+        path.append(w)
+    return np.array(path)
+
+
+def test_the_reach_is_that_of_the_rounds_own_rate():
+    """From the rate of round 0, which is 0 here, no weight would ever move."""
+    optimizer = Optimizer(FromSchedule(rate_of, step_level=False), regularizers=[("fedprox", {"alpha": 5.0})])
+    path, cohorts = run(fednova(loss, **(OPTIONS | {"lrate": optimizer})), 3)
+    np.testing.assert_allclose(path, slow_prox(cohorts, 5.0), rtol=1e-12)
+    assert np.abs(path[2] - path[0]).max() > 0.1
+
+
+def loss_of_leaves(params, batch, key):
+    return loss(jnp.stack([params["a"], params["b"]]), batch, key)
+
+
+def test_leaves_with_rates_of_their_own_have_each_its_reach():
+    algorithm = fednova(loss_of_leaves, **(OPTIONS | {"lrate": {"a": 0.1, "*": 0.02}}))
+    path, cohorts = run(algorithm, 3, start=dict(zip("ab", START)))
+    np.testing.assert_allclose(path, slow(cohorts, np.array([0.1, 0.02])), rtol=1e-12)
 
 
 @pytest.mark.parametrize("options", [{"modules": ["momentum"], "keep_state": True}, {"modules": ["scaffold-client"]}])
