@@ -189,6 +189,10 @@ def server_direction(rules, server, mean):
     if rules.server == "momentum":
         server.first = 0.9 * server.first + mean
         return server.first
+    if rules.server == "adagrad":
+        server.second = server.second + mean**2
+        return mean / (np.sqrt(server.second) + 1e-3)
     server.first = 0.9 * server.first + 0.1 * mean
-    server.second = 0.99 * server.second + 0.01 * mean**2
+    change = mean**2 * np.sign(server.second - mean**2) if rules.server == "yogi" else server.second - mean**2
+    server.second = server.second - 0.01 * change
     return server.first / (np.sqrt(server.second) + 1e-3)

@@ -84,6 +84,18 @@ def test_fedprox_ends_where_its_steps_balance(steps):
     assert end(algorithm, 100, steps) == pytest.approx(balance(contraction(steps, mu=1.0)), abs=1e-9)
 
 
+def test_fedprox_with_exact_local_solutions():
+    """400 steps leave 5e-19 of the way; then the weights of the balance are a / (a + mu)."""
+    assert end(fedprox(quadratic, mu=1.0, **FULL), 40, 400) == pytest.approx(0.645161290323, abs=1e-9)
+
+
+def test_unequal_steps_of_small_rates_lead_to_another_objective():
+    """To sum p K a b / sum p K a; the rest is of the order of the rate, halved with it."""
+    rests = np.array([end(fedavg(quadratic, **(FULL | {"lrate": r})), 3000, (10, 2)) for r in (1e-3, 5e-4)]) - 2 / 3
+    assert np.abs(rests[1]) < 3e-3
+    assert rests[0] / rests[1] == pytest.approx(2, rel=0.05)
+
+
 SERVERS = {
     "half": 0.5,
     "momentum": Optimizer(0.3, modules=[("momentum", {"beta": 0.5})]),

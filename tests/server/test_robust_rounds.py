@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from server.papers import RULES, clipped_about, norm_bounded
+from server.papers import RULES, clipped_about, krum_order, norm_bounded
 
 import jaxfed
 from jaxfed import CentredClipping, Krum, Median, NormBound
@@ -63,6 +63,36 @@ def test_rounds_equal_a_loop_for_any_lanes(name):
         assert history[-1].excluded == [7]
     np.testing.assert_allclose(ends[0], ends[1], rtol=1e-6)
     np.testing.assert_allclose(ends[0], rounds_by_hand(data, paper), rtol=2e-5, atol=1e-6)
+
+
+def scaffold_by_hand(data, choose, rounds=3, lrate=0.1):
+    """SCAFFOLD with one full step: the rule puts together updates, and changes of the control variates likewise."""
+    weights, control, clients = np.zeros(2), np.zeros(2), [data.client(i) for i in range(data.num_clients - 1)]
+    own = np.zeros((len(clients), 2))
+    for _ in range(rounds):
+        slopes = np.array([np.mean(2 * (c["x"] @ weights - c["y"])[:, None] * c["x"], axis=0) for c in clients], float)
+        update, change = choose(lrate * (slopes - own + control), slopes - own)
+        weights, control, own = weights - update, control + change * len(clients) / data.num_clients, slopes
+    return weights, control
+
+
+def krum_of_both(updates, changes):
+    best = krum_order(updates, 1)[0]
+    return updates[best], changes[best]
+
+
+CONTROLS = {"median": (Median(), lambda *both: [np.median(x, axis=0) for x in both]), "krum": (Krum(1), krum_of_both)}
+
+
+@pytest.mark.parametrize("name", CONTROLS)
+def test_control_variates_follow_the_rule_of_the_updates(name):
+    rule, choose = CONTROLS[name]
+    data, algorithm = federation(), jaxfed.scaffold(parabola, lrate=0.1, batch_size=None).replace(aggregator=rule)
+    simulation = jaxfed.Simulation(algorithm, data, lanes=3)
+    state, _ = simulation.run(simulation.init(jnp.zeros(2), key=jax.random.key(0)), rounds=3)
+    weights, control = scaffold_by_hand(data, choose)
+    np.testing.assert_allclose(state.params, weights, rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(state.server.modules[0].control, control, rtol=2e-5, atol=1e-5)
 
 
 def counting_loss(params, stats, batch, key):
