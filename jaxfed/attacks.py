@@ -132,11 +132,6 @@ class Malicious(Wrapper):
         return (*self.client.measured, MARK)
 
     @property
-    def needs_survey(self) -> bool:
-        """Whether the wrapped client does."""
-        return self.client.needs_survey
-
-    @property
     def personalizes(self) -> bool:
         """Whether the wrapped client does."""
         return self.client.personalizes

@@ -96,6 +96,9 @@ class NormBound(Mean):
 
     .. math:: u = \sum_i n_i u_i \min\Big(1, \frac{c}{\lVert u_i \rVert_2}\Big) \Big/ \sum_i n_i
 
+    The bound is on the update alone. Statistics and auxiliary variables are averaged as they come: where clients may lie about
+    these, use a rule by coordinates.
+
     Args:
         max_norm: :math:`c`, the greatest norm over all leaves of an update together.
         by: What a client weighs, as in :class:`Mean`; all alike unless asked.
