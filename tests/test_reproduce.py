@@ -130,7 +130,8 @@ def test_a_few_whole_runs_do_not_hide_the_shortened_ones(load):
 
 def test_page_and_lines_hold_every_row(load):
     table, row = load("table"), cells(load, [line("a", 0, accuracy=0.55)])
-    page = table.page([toy(load, [])], [row], {"toy": "toy.png"})
+    page = table.page([toy(load, [])], [row], {"toy": "toy.png"}, {"toy": "More of it."})
+    assert "(toy.png)\n\nMore of it." in page
     assert "| toy | a | here | accuracy | 0.550 (1) | 0.520 | a paper | mean within 0.1 | yes | Known. |" in page
     assert "1 rows hold, 0 do not" in page
     assert "![A toy.](toy.png)" in page

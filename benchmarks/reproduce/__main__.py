@@ -64,17 +64,18 @@ def train(federation: Federation, folder: Path, results: Path, full: bool) -> No
 
 def report(folder: Path, results: Path, picture_folder: Path) -> None:
     """Writes the table and the pictures from all finished runs."""
-    rows = []
+    rows, more = [], {}
     for federation in FEDERATIONS:
         lines = ledger.read(results / f"{federation.name}.jsonl")
         rows += table.cells(federation, lines, federation.missing(folder))
         if lines:
             shown = Results(ledger.latest(lines)[0])
+            more[federation.name] = federation.more(shown)
             pictures.save(federation.title, federation.draw, shown, picture_folder / f"{federation.name}.png")
     results.mkdir(parents=True, exist_ok=True)
     files = {federation.name: picture_folder / f"{federation.name}.png" for federation in FEDERATIONS}
     drawn = {name: os.path.relpath(path, results) for name, path in files.items() if path.exists()}
-    (results / "table.md").write_text(table.page(FEDERATIONS, rows, drawn))
+    (results / "table.md").write_text(table.page(FEDERATIONS, rows, drawn, more))
     (results / "table.jsonl").write_text(table.jsonl(rows))
     print(results / "table.md")
 

@@ -156,6 +156,7 @@ class Federation:
         draw: Draws its results on an empty Matplotlib figure.
         files: What it reads, below the data folder.
         short: What the shortened form, which is the default, leaves out; empty where the whole is short.
+        more: What the page says of its results beside rows and picture, as Markdown.
         minutes: About how long all runs take on two cores, shortened and whole.
     """
 
@@ -167,6 +168,7 @@ class Federation:
     draw: Callable[[Any, Results], None]
     files: tuple[str, ...] = ()
     short: str = ""
+    more: Callable[[Results], str] = lambda results: ""
     minutes: tuple[float, float] = (10, 10)
 
     def missing(self, folder: Path) -> list[str]:

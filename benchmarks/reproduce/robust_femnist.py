@@ -6,6 +6,7 @@ attackers are too many. The second seed came later, under the rules of the first
 small to break a mean, so two fresh seeds have large noise, by rules that were committed before those were run.
 """
 
+import statistics
 from functools import lru_cache
 from itertools import product
 from pathlib import Path
@@ -18,6 +19,7 @@ from jaxfed import attacks
 from jaxfed.data import FederatedData
 from jaxfed.models.reference import logistic_regression
 
+from . import table
 from .data import arrays
 from .federation import Federation, Numbers, Ours, Results, Row, Rule, Run, every_seed_at_least, every_seed_at_most
 from .training import curve, trained
@@ -167,9 +169,9 @@ def draw(figure: Any, results: Results) -> None:
     results = results.of(SEEDS)
     for number, (panel, share) in enumerate(zip(figure.subplots(1, len(SHARES), sharey=True), SHARES)):
         columns = [NOBODY, *(setting(attack, share) for attack in ATTACKS)]
-        table = np.array([[results.mean(rule, column, "accuracy") for column in columns] for rule in RULES])
-        image = panel.imshow(table, cmap="viridis", vmin=0, vmax=0.6, aspect="auto")
-        for (i, j), value in np.ndenumerate(table):
+        means = np.array([[results.mean(rule, column, "accuracy") for column in columns] for rule in RULES])
+        image = panel.imshow(means, cmap="viridis", vmin=0, vmax=0.6, aspect="auto")
+        for (i, j), value in np.ndenumerate(means):
             shown, color = (f"{100 * value:.0f}", "white" if value < 0.4 else "black") if np.isfinite(value) else ("-", "#777777")
             panel.text(j, i, shown, ha="center", va="center", color=color, fontsize=8.5)
         panel.set_xticks(range(len(columns)), ["none", *ATTACKS], rotation=35, ha="right")
@@ -179,6 +181,22 @@ def draw(figure: Any, results: Results) -> None:
         panel.set_title(f"{share}% of the writers attack", loc="left")
         if number == len(SHARES) - 1:
             figure.colorbar(image, ax=figure.axes, shrink=0.7, format=lambda value, _: f"{value:.0%}")
+
+
+def tables(results: Results) -> str:
+    """The picture's numbers, mean and spread over seeds: a table for each share of attackers."""
+    results, found = results.of(SEEDS), []
+    for share in SHARES:
+        columns = {NOBODY: NOBODY} | {attack: setting(attack, share) for attack in ATTACKS}
+        lines = {rule: [_cell(results.by_seed(rule, where, "accuracy")) for where in columns.values()] for rule in RULES}
+        found.append(f"Accuracy where {share}% of the writers attack:\n\n{table.grid('rule', list(columns), lines)}")
+    return "\n\n".join(found)
+
+
+def _cell(values: dict[int, float]) -> str:
+    """A mean with its spread; a dash where a rule does not take so many attackers."""
+    one = list(values.values())
+    return table.ours(statistics.fmean(one), statistics.stdev(one) if len(one) > 1 else None, len(one)) if one else "-"
 
 
 FEDERATION = Federation(
@@ -199,5 +217,6 @@ FEDERATION = Federation(
     rows=ROWS,
     draw=draw,
     files=FILES,
+    more=tables,
     minutes=(30, 30),
 )

@@ -51,13 +51,14 @@ def _cells(federation: Federation, row: Row, values: list[float], missing: list[
     }
 
 
-def page(federations: Iterable[Federation], rows: list[Cells], drawn: dict[str, str]) -> str:
+def page(federations: Iterable[Federation], rows: list[Cells], drawn: dict[str, str], more: dict[str, str]) -> str:
     """The table as a page of Markdown.
 
     Args:
         federations: All of them.
         rows: The cells of all their rows.
         drawn: Where the pictures are, by the federation's name.
+        more: What else there is to say, likewise.
     """
     count = {word: sum(row["holds"] == word for row in rows) for word in ("yes", "no", "-", "not run", "skipped")}
     head = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
@@ -68,7 +69,21 @@ def page(federations: Iterable[Federation], rows: list[Cells], drawn: dict[str, 
         parts.append(f"**{federation.name}**: {federation.title}{short}")
         if federation.name in drawn:
             parts.append(f"![{federation.title}]({drawn[federation.name]})")
+        if more.get(federation.name):
+            parts.append(more[federation.name])
     return "\n\n".join(parts) + "\n"
+
+
+def grid(corner: str, columns: list[str], lines: dict[str, list[str]]) -> str:
+    """A small table as Markdown: a line for each name, with a text for each column.
+
+    >>> print(grid("rule", ["none", "all"], {"mean": ["0.5", "0.1"]}))
+    | rule | none | all |
+    | --- | --- | --- |
+    | mean | 0.5 | 0.1 |
+    """
+    rows = [[corner, *columns], ["---"] * (len(columns) + 1), *([name, *texts] for name, texts in lines.items())]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def jsonl(rows: list[Cells]) -> str:
