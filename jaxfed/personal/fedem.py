@@ -148,13 +148,16 @@ class FedEM(ClientUpdate):
         optimizer_key = jax.random.fold_in(key, OPTIMIZER)
         batches = self.batches.of(rows, key)
         weights = self._mean_posterior(kept.weights, start, batches)
-        carry = (start.params, start.stats, self._start_optimizers(start, kept.optimizer, optimizer_key), jnp.zeros(()))
+        each = jnp.full(self.models, start.round)
+        anchors = RoundStart(start.params, start.stats, {}, each, self._keys(optimizer_key))
+        states = jax.vmap(self.optimizer.start_round)(kept.optimizer, anchors)
+        carry = (start.params, start.stats, states, jnp.zeros(()))
 
         def step(carry: tuple, batch: dict, key: jax.Array) -> tuple:
             params, stats, state, total = carry
             posterior = self._posterior(kept.weights, start, batch)
             component = lambda *model: self._component_step(batch, *model)  # noqa: E731
-            params, stats, state, losses = jax.vmap(component)(params, stats, state, posterior, self._keys(key))
+            params, stats, state, losses = jax.vmap(component)(anchors, params, stats, state, posterior, self._keys(key))
             return params, stats, state, total + losses.sum().astype(total.dtype)
 
         params, stats, state, total = batches.fold(step, carry)
@@ -192,18 +195,14 @@ class FedEM(ClientUpdate):
         rows = total.sum()  # a row's posteriors add up to one
         return jnp.where(rows > 0, total / jnp.where(rows > 0, rows, 1), weights)
 
-    def _start_optimizers(self, start: Broadcast, kept: Any, key: jax.Array) -> Any:
-        def one(kept: Any, params: Params, stats: Stats, key: jax.Array) -> Any:
-            return self.optimizer.start_round(kept, RoundStart(params, stats, {}, start.round, key))
-
-        return jax.vmap(one)(kept, start.params, start.stats, self._keys(key))
-
     def _component_step(
-        self, batch: Batch, params: Params, stats: Stats, state: Any, posterior: jax.Array, key: jax.Array
+        self, batch: Batch, anchor: RoundStart, params: Params, stats: Stats, state: Any, posterior: jax.Array, key: jax.Array
     ) -> tuple:
         """One model's step on the losses weighted by its posterior ``[B]``."""
+        # Under vmap over the models a rule of their round cannot be made before the loop.
+        rule = self.gradient.start_round(anchor)
         weighted = self.loss.replace(loss=jax.tree_util.Partial(_weighted_loss, self.loss.loss))
-        loss, stats, gradient = self.gradient(weighted, params, stats, {**batch, _POSTERIOR: posterior}, key)
+        loss, stats, gradient = rule(weighted, params, stats, {**batch, _POSTERIOR: posterior}, key)
         updates, state = self.optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), stats, state, loss
 
