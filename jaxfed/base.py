@@ -357,9 +357,9 @@ class ClientUpdate(Part, kind="client"):
         """What the server trains, with None in place of the leaves that never leave a client."""
         return params
 
-    def init_kept(self, params: Params, key: jax.Array) -> Any:
-        """What a client keeps before it first takes part; ``params`` are that round's global weights."""
-        del params, key
+    def init_kept(self, start: Broadcast, key: jax.Array) -> Any:
+        """What a client keeps before it first takes part, from what is sent in that round; its shapes are the same in all."""
+        del start, key
         return ()
 
     def run(self, start: Broadcast, kept: Any, rows: Any, key: jax.Array) -> tuple[Upload, Any]:

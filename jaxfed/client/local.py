@@ -61,9 +61,9 @@ class LocalTraining(ClientUpdate):
         """Local steps of clients with ``sizes`` rows."""
         return self.batches.num_steps(sizes, work, capacity)
 
-    def init_kept(self, params: Params, key: jax.Array) -> Any:
+    def init_kept(self, start: Broadcast, key: jax.Array) -> Any:
         """What the client's Optimizer keeps."""
-        return self.optimizer.init_kept(params, key)
+        return self.optimizer.init_kept(start.params, key)
 
     def run(self, start: Broadcast, kept: Any, rows: ClientRows, key: jax.Array) -> tuple[Upload, Any]:
         """Trains from the broadcast weights and returns the upload and what is kept."""

@@ -82,7 +82,7 @@ def _visit_client(
 ) -> Outcome:
     """All that happens at one client."""
     # As in a deployment, a client that is new starts from this round's weights.
-    kept = trees.select(seen, kept, algorithm.client.init_kept(start.params, jax.random.fold_in(key, FIRST_KEPT)))
+    kept = trees.select(seen, kept, algorithm.client.init_kept(start, jax.random.fold_in(key, FIRST_KEPT)))
     upload, kept = algorithm.client.run(start, kept, rows, key)
     summand, stacked, counts = share_of(algorithm, upload, kept, sent)
     weight = jnp.where(counts, algorithm.aggregator.weigh(upload.metrics), 0)

@@ -17,10 +17,8 @@ from jaxfed.personal.wrapper import (
     Wrapper,
     idle_if,
     optional_optimizer,
-    own_stats,
     refuse_pairs,
     refuse_unless,
-    room_for_stats,
 )
 
 
@@ -75,7 +73,7 @@ class APFL(Wrapper):
         >>> training = LocalTraining(lambda v, batch, key: (v - batch["x"]) ** 2 / 2, 0.1, jaxfed.Steps(None, steps=2))
         >>> apfl, rows = APFL(training, alpha=0.5), jaxfed.ClientRows.of({"x": jnp.array([4.0])})
         >>> start, key = Broadcast(jnp.array(0.0), {}, {}, 0), jax.random.key(0)
-        >>> _, kept = apfl.run(start, apfl.init_kept(start.params, key), rows, key)
+        >>> _, kept = apfl.run(start, apfl.init_kept(start, key), rows, key)
         >>> print(f"{kept.params:.3f}")  # 0.05 * 4, and 0.05 * (4 - (0.2 + 0.4) / 2) more
         0.385
 
@@ -97,22 +95,18 @@ class APFL(Wrapper):
             if optimizer is not None:
                 refuse_pairs(where, optimizer, reason)
 
-    def init_kept(self, params: Params, key: jax.Array) -> APFLKept:
+    def init_kept(self, start: Broadcast, key: jax.Array) -> APFLKept:
         """Personal weights that equal the global ones."""
-        optimizer = self._personal.init_kept(params, jax.random.fold_in(key, PERSONAL))
-        stats, alpha = room_for_stats(self.model), jnp.asarray(self.alpha, float)
-        return APFLKept(self.client.init_kept(params, key), optimizer, params, stats, alpha, jnp.array(False))
+        optimizer = self._personal.init_kept(start.params, jax.random.fold_in(key, PERSONAL))
+        alpha, trained = jnp.asarray(self.alpha, float), jnp.array(False)
+        return APFLKept(self.client.init_kept(start, key), optimizer, start.params, start.stats, alpha, trained)
 
     def run(self, start: Broadcast, kept: APFLKept, rows: ClientRows, key: jax.Array) -> tuple[Upload, APFLKept]:
         """Trains both models, uploads the global one's change."""
         training, optimizer_key = self.client, jax.random.fold_in(key, OPTIMIZER)
         batches = training.batches.of(rows, key)
         anchor = anchor_of(start, training.gradient, training.loss, batches, optimizer_key)
-        own = anchor._replace(
-            params=kept.params,
-            stats=own_stats(kept.trained, kept.stats, start),
-            key=jax.random.fold_in(optimizer_key, PERSONAL),
-        )
+        own = anchor._replace(params=kept.params, stats=kept.stats, key=jax.random.fold_in(optimizer_key, PERSONAL))
         step = partial(self._step, *(training.gradient.start_round(one) for one in (anchor, own)))
         begin = (_begin(training.optimizer, kept.client, anchor), _begin(self._personal, kept.optimizer, own))
         local, personal, alpha, _, total = batches.fold(step, (*begin, kept.alpha, jnp.array(True), jnp.zeros(())))

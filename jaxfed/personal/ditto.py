@@ -16,10 +16,8 @@ from jaxfed.personal.wrapper import (
     Wrapper,
     idle_if,
     optional_optimizer,
-    own_stats,
     refuse_pairs,
     refuse_unless,
-    room_for_stats,
     training_of,
 )
 
@@ -59,7 +57,7 @@ class Ditto(Wrapper):
         >>> training = LocalTraining(lambda v, batch, key: (v - batch["x"]) ** 2 / 2, 0.1, jaxfed.Steps(None, steps=100))
         >>> ditto, rows = Ditto(training, strength=1.0), jaxfed.ClientRows.of({"x": jnp.array([4.0])})
         >>> start, key = Broadcast(jnp.array(0.0), {}, {}, 0), jax.random.key(0)
-        >>> _, kept = ditto.run(start, ditto.init_kept(start.params, key), rows, key)
+        >>> _, kept = ditto.run(start, ditto.init_kept(start, key), rows, key)
         >>> print(jnp.round(kept.params, 3))
         2.0
 
@@ -88,11 +86,10 @@ class Ditto(Wrapper):
         batches = client.batches if self.batches is None else self.batches
         return client.replace(optimizer=pulled, batches=batches, measures=())
 
-    def init_kept(self, params: Params, key: jax.Array) -> DittoKept:
+    def init_kept(self, start: Broadcast, key: jax.Array) -> DittoKept:
         """A personal model that equals the global one."""
-        kept = self.client.init_kept(params, key)
-        optimizer = self.training.init_kept(params, jax.random.fold_in(key, PERSONAL))
-        return DittoKept(kept, params, room_for_stats(self.model), optimizer, jnp.array(False))
+        optimizer = self.training.init_kept(start, jax.random.fold_in(key, PERSONAL))
+        return DittoKept(self.client.init_kept(start, key), start.params, start.stats, optimizer, jnp.array(False))
 
     def run(self, start: Broadcast, kept: DittoKept, rows: ClientRows, key: jax.Array) -> tuple[Upload, DittoKept]:
         """The wrapped client's round, and the personal model's."""
@@ -107,7 +104,6 @@ class Ditto(Wrapper):
 
     def _train(self, start: Broadcast, kept: DittoKept, rows: ClientRows, key: jax.Array) -> tuple[Params, Stats, Any]:
         anchor = self.client.own(start, kept.client) if isinstance(self.client, LocalLeaves) else start
-        anchor = anchor._replace(stats=own_stats(kept.trained, kept.stats, anchor))
-        key = jax.random.fold_in(key, PERSONAL)
+        anchor, key = anchor._replace(stats=kept.stats), jax.random.fold_in(key, PERSONAL)
         params, upload, optimizer = self.training.train(anchor, kept.params, kept.optimizer, rows, key)
         return params, upload.stats, optimizer

@@ -89,7 +89,7 @@ class FedEM(ClientUpdate):
         ...     return cross_entropy(predict(w, batch), batch)
         >>> client = FedEM(from_functions(init, loss, predict), 0.1, jaxfed.Epochs(10), models=2)
         >>> params, stats = client.model.init(jax.random.key(0))
-        >>> params.shape, client.init_kept(params, jax.random.key(1)).weights.tolist()
+        >>> params.shape, client.init_kept(Broadcast(params, stats, {}, 0), jax.random.key(1)).weights.tolist()
         ((2, 2, 3), [0.5, 0.5])
 
     References:
@@ -129,18 +129,18 @@ class FedEM(ClientUpdate):
         """Local steps of clients with ``sizes`` rows, M models each."""
         return self.batches.num_steps(sizes, work, capacity)
 
-    def init_kept(self, params: Params, key: jax.Array) -> FedEMKept:
+    def init_kept(self, start: Broadcast, key: jax.Array) -> FedEMKept:
         """Equal weights.
 
         Raises:
             ValueError: If the weights have no leading ``[M]``.
         """
-        for name, leaf in zip(trees.names(params), jax.tree.leaves(params)):
+        for name, leaf in zip(trees.names(start.params), jax.tree.leaves(start.params)):
             if jnp.shape(leaf)[:1] != (self.models,):
                 remedy = "Let the run draw them: init(key=...), or make them with stacked_starts(model, key, models)."
                 where = f"params, leaf {name or '(the whole)'}"
                 raise ValueError(f"{where}: expected a leading axis of {self.models} models, got {jnp.shape(leaf)}. {remedy}")
-        optimizer = jax.vmap(self.optimizer.init_kept)(params, self._keys(key))
+        optimizer = jax.vmap(self.optimizer.init_kept)(start.params, self._keys(key))
         return FedEMKept(jnp.full(self.models, 1 / self.models, float), optimizer)
 
     def run(self, start: Broadcast, kept: FedEMKept, rows: ClientRows, key: jax.Array) -> tuple[Upload, FedEMKept]:

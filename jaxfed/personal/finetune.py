@@ -35,7 +35,7 @@ class Finetuned(Wrapper):
         >>> training = LocalTraining(lambda v, batch, key: (v - batch["x"]) ** 2 / 2, 0.5, jaxfed.Steps(None, steps=1))
         >>> start, rows = Broadcast(jnp.array(0.0), {}, {}, 0), jaxfed.ClientRows.of({"x": jnp.array([4.0])})
         >>> tuned = Finetuned(training, batches=jaxfed.Steps(None, steps=2))
-        >>> print(tuned.personalize(start, tuned.init_kept(start.params, jax.random.key(0)), rows, jax.random.key(1))[0])
+        >>> print(tuned.personalize(start, tuned.init_kept(start, jax.random.key(0)), rows, jax.random.key(1))[0])
         3.0
 
     References:
@@ -69,5 +69,5 @@ class Finetuned(Wrapper):
         params, stats = self.client.personalize(start, kept, rows, begin_key)
         training = self.training
         anchor = start._replace(params=params, stats=stats)
-        end, upload, _ = training.train(anchor, params, training.init_kept(params, first_key), rows, train_key)
+        end, upload, _ = training.train(anchor, params, training.init_kept(anchor, first_key), rows, train_key)
         return end, upload.stats

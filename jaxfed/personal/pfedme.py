@@ -56,7 +56,7 @@ class PFedMe(ClientUpdate):
         ...     return (params - batch["x"]) ** 2 / 2
         >>> client = PFedMe(loss, 0.1, 0.2, jaxfed.Steps(None, steps=1), strength=1.0, inner_steps=50)
         >>> start, rows = Broadcast(jnp.array(0.0), {}, {}, 0), jaxfed.ClientRows.of({"x": jnp.array([4.0])})
-        >>> upload, kept = client.run(start, client.init_kept(start.params, jax.random.key(0)), rows, jax.random.key(1))
+        >>> upload, kept = client.run(start, client.init_kept(start, jax.random.key(0)), rows, jax.random.key(1))
         >>> print(f"{-upload.delta:.4f}")  # theta is 2, the pull on w is 0 - 2
         0.2000
 
@@ -98,9 +98,10 @@ class PFedMe(ClientUpdate):
         """Batches that clients with ``sizes`` rows take; each costs ``inner_steps`` gradients."""
         return self.batches.num_steps(sizes, work, capacity)
 
-    def init_kept(self, params: Params, key: jax.Array) -> tuple[Any, Any]:
+    def init_kept(self, start: Broadcast, key: jax.Array) -> tuple[Any, Any]:
         """What the two Optimizers keep."""
-        return self.optimizer.init_kept(params, key), self.personal.init_kept(params, jax.random.fold_in(key, PERSONAL))
+        optimizer = self.optimizer.init_kept(start.params, key)
+        return optimizer, self.personal.init_kept(start.params, jax.random.fold_in(key, PERSONAL))
 
     def run(self, start: Broadcast, kept: tuple, rows: ClientRows, key: jax.Array) -> tuple[Upload, tuple]:
         """Trains, and uploads the change of ``w``."""

@@ -68,8 +68,9 @@ def test_kept_rows_keep_their_shapes_and_dtypes(name, dtype):
     arrays = {key: jnp.asarray(x, dtype if key == "x" else int) for key, x in loops.data().client(3).items()}
 
     def run(params):
-        kept = client.init_kept(params, jax.random.key(0))
-        return kept, client.run(Broadcast(params, {}, {}, 0), kept, jaxfed.ClientRows.of(arrays), jax.random.key(1))[1]
+        start = Broadcast(params, {}, {}, 0)
+        kept = client.init_kept(start, jax.random.key(0))
+        return kept, client.run(start, kept, jaxfed.ClientRows.of(arrays), jax.random.key(1))[1]
 
     before, after = jax.eval_shape(run, params)
     assert jax.tree.structure(before) == jax.tree.structure(after)
