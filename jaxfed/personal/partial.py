@@ -175,10 +175,11 @@ def _matches(leaves: Any, names: list[str]) -> frozenset[str]:
             none = "the model has no normalisation layer" if leaves is norm_layers else "the function chooses none"
             raise ValueError(f"LocalLeaves: {none}, by the names of its leaves: {checks.listing(names)}. Name the local ones.")
         return local
-    for pattern in leaves:
-        if not fnmatch.filter(names, pattern):
+    found = {pattern: [name for name in names if fnmatch.fnmatchcase(name, pattern)] for pattern in leaves}
+    for pattern, matched in found.items():
+        if not matched:
             raise ValueError(f"LocalLeaves: the pattern {pattern!r} matches no leaf. Leaves: {checks.listing(names)}.")
-    return frozenset(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in leaves))
+    return frozenset(name for matched in found.values() for name in matched)
 
 
 def holding(training: LocalTraining, whole: Params) -> LocalTraining:
