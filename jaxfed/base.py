@@ -349,6 +349,11 @@ class ClientUpdate(Part, kind="client"):
         """Whether its rounds need what a first pass over the cohort found."""
         return False
 
+    @property
+    def of_global(self) -> "ClientUpdate":
+        """What trains the global model: itself, or the client inside of one that only adds personal models."""
+        return self
+
     def num_steps(self, sizes: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
         """Local steps of clients with ``sizes`` rows that do ``work`` of their work; ``capacity`` is the largest size."""
         raise NotImplementedError(f"{type(self).__name__} defines no num_steps(sizes, work, capacity).")

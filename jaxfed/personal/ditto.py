@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import part
-from jaxfed.base import Broadcast, Params, Stats, Upload
+from jaxfed.base import Broadcast, ClientUpdate, Params, Stats, Upload
 from jaxfed.client.batches import PERSONAL, BatchPolicy, ClientRows
 from jaxfed.client.local import LocalTraining
 from jaxfed.optimizer.optimizer import Optimizer
@@ -37,10 +37,12 @@ class Ditto(Wrapper):
 
     .. math:: v_i \leftarrow v_i - \eta (\nabla f_i(v_i) + \lambda (v_i - w_t))
 
-    The global model trains as ``client`` says, from :math:`w_t` as if there were no other; both use the weights that the round
-    began with, so their order does not matter. :math:`v_i` begins as the global weights of the client's first round, lasts from
-    round to round, and is what the client predicts with. For evaluation, a client that has never taken part trains it for one
-    round's work.
+    The global model trains as ``client`` says, from :math:`w_t` as if there were no other, and alone has what corrects steps
+    towards the common optimum (SCAFFOLD's, Mime's). Both use the weights that the round began with, so their order does not
+    matter. :math:`v_i` begins as the global weights of the client's first round, lasts from round to round, and is what the
+    client predicts with. For evaluation, a client that has never taken part trains it for one round's work. In a round in which
+    :math:`v_i` ceases to be finite the client does not count, its global model included: it is reported as excluded, and keeps
+    the :math:`v_i` it had.
 
     Args:
         client: What trains the global model: LocalTraining, or LocalLeaves, whose client's own leaves then anchor those of v.
@@ -78,13 +80,18 @@ class Ditto(Wrapper):
         refuse_pairs("Ditto.optimizer", optimizer, reason)
 
     @property
+    def of_global(self) -> ClientUpdate:
+        """That of the wrapped client."""
+        return self.client.of_global
+
+    @property
     def training(self) -> LocalTraining:
         """The personal model's local training, pull included."""
         client = training_of(self.client)
         optimizer = client.optimizer if self.optimizer is None else self.optimizer
         pulled = optimizer.replace(regularizers=(*optimizer.regularizers, FedProx(self.strength)))
         batches = client.batches if self.batches is None else self.batches
-        return client.replace(optimizer=pulled, batches=batches, measures=())
+        return client.replace(optimizer=pulled, gradient=client.gradient.uncorrected, batches=batches, measures=())
 
     def init_kept(self, start: Broadcast, key: jax.Array) -> DittoKept:
         """A personal model that equals the global one."""

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import jax
 
 from jaxfed import part
-from jaxfed.base import Broadcast, Params, Stats
+from jaxfed.base import Broadcast, ClientUpdate, Params, Stats
 from jaxfed.client.batches import BatchPolicy, ClientRows
 from jaxfed.client.local import LocalTraining
 from jaxfed.optimizer.optimizer import Optimizer
@@ -56,12 +56,17 @@ class Finetuned(Wrapper):
         refuse_pairs("Finetuned.optimizer", self.training.optimizer, reason)
 
     @property
+    def of_global(self) -> ClientUpdate:
+        """That of the wrapped client."""
+        return self.client.of_global
+
+    @property
     def training(self) -> LocalTraining:
         """The local training of fine-tuning."""
         client = training_of(self.client)
         optimizer = client.optimizer if self.optimizer is None else self.optimizer
         batches = client.batches if self.batches is None else self.batches
-        return client.replace(optimizer=optimizer, batches=batches, measures=())
+        return client.replace(optimizer=optimizer, gradient=client.gradient.uncorrected, batches=batches, measures=())
 
     def personalize(self, start: Broadcast, kept: Any, rows: ClientRows, key: jax.Array) -> tuple[Params, Stats]:
         """What the wrapped client predicts with, trained on its rows."""
