@@ -268,7 +268,7 @@ class Simulation:
         leaves, tree = jax.tree.flatten((params, stats))
         shapes = (tree, *((jnp.shape(x), jnp.result_type(x)) for x in leaves))
         if shapes not in self._kept_rows:
-            self._kept_rows[shapes] = _kept_row(self.algorithm, params, stats, jax.random.key(0))
+            self._kept_rows[shapes] = self.algorithm.kept_row(params, stats, jax.random.key(0))
         return self._kept_rows[shapes]
 
     def _pager(self, params: Params, stats: Any, data: FederatedData, size: int | None = None) -> Pager | None:
@@ -377,7 +377,7 @@ def _first_state(
     devices: Devices,
 ) -> RunState:
     """A state in buffers of its own; one program, since op by op each small array would be compiled alone."""
-    kept = _kept_row(algorithm, params, stats, key)
+    kept = algorithm.kept_row(params, stats, key)
     state = RunState(
         round=jnp.zeros((), jnp.int32),
         params=trees.copy(params),
@@ -396,16 +396,6 @@ def _refuse_missing(selector: Selector, algorithm: Algorithm) -> None:
     if missing := [name for name in selector.reads if name not in algorithm.client.measured]:
         what = f"The selector {selector.name!r} reads the metrics {missing}, which the client does not send"
         raise ValueError(f"{what}. Build the algorithm with measures={missing}.")
-
-
-def _kept_row(algorithm: Algorithm, params: Params, stats: Any, key: jax.Array) -> Any:
-    """What one client keeps, as shapes and dtypes: those of what it would keep after the first broadcast."""
-
-    def first(params: Params, stats: Any, key: jax.Array) -> Any:
-        server = algorithm.server.start_server(algorithm.client.shared(params), key)
-        return algorithm.client.init_kept(Broadcast(params, stats, algorithm.server.send(server), 0), key)
-
-    return jax.eval_shape(first, params, stats, key)
 
 
 def _selector(cohort_size: int | None, selector: Selector | None) -> Selector:
