@@ -155,7 +155,8 @@ class EarlyStopping:
 
 def _value_of(report: RoundReport, metric: str) -> float | None:
     remedy = "Give what rounds(...) yields, or the last of what chunks(...) yields."
-    if checks.instance("report", report, RoundReport, remedy).evaluation is None:
+    checks.instance("report", report, RoundReport, remedy)
+    if report.evaluation is None:
         return None
     row = report.evaluation.row()
     checks.known_name("evaluated metric", metric, row)
