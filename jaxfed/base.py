@@ -366,6 +366,11 @@ class ClientUpdate(Part, kind="client"):
         """Whether its rounds need what a first pass over the cohort found."""
         return False
 
+    @property
+    def of_global(self) -> "ClientUpdate":
+        """What trains the global model: itself, or the client inside of one that only adds personal models."""
+        return self
+
     def num_steps(self, sizes: ArrayLike, work: ArrayLike, capacity: int) -> jax.Array:
         """Local steps of clients with ``sizes`` rows that do ``work`` of their work; ``capacity`` is the largest size."""
         raise NotImplementedError(f"{type(self).__name__} defines no num_steps(sizes, work, capacity).")
@@ -374,9 +379,9 @@ class ClientUpdate(Part, kind="client"):
         """What the server trains, with None in place of the leaves that never leave a client."""
         return params
 
-    def init_kept(self, params: Params, key: jax.Array) -> Any:
-        """What a client keeps before it first takes part; ``params`` are that round's global weights."""
-        del params, key
+    def init_kept(self, start: Broadcast, key: jax.Array) -> Any:
+        """What a client keeps before it first takes part, from what is sent in that round; its shapes are the same in all."""
+        del start, key
         return ()
 
     def run(self, start: Broadcast, kept: Any, rows: Any, key: jax.Array) -> tuple[Upload, Any]:

@@ -176,7 +176,7 @@ class _Timed:
         stamp = next(_stamps)
         self.whole, self.idle = (_with_selector(simulation, _Paced(simulation.selector, work, stamp)) for work in (1.0, 0.0))
         self.lanes, self.rounds, self.first = simulation.lanes(state.params), rounds, state
-        self.pager = simulation._pager(state.params, simulation.data, simulation.cohort_size)
+        self.pager = simulation._pager(state.params, state.stats, simulation.data, simulation.cohort_size)
         self.state = simulation._own(state)
         # Their rows are the page, where data are paged.
         self.ids = self._cohort()

@@ -220,7 +220,7 @@ class Simulation:
         """
         data = self._check_rows("data", self.data if data is None else data)
         sum_rows = partial(sum_metrics, self.model, state.params, state.stats, at_once=_EVALUATION_ROWS)
-        if (pager := self._pager(state.params, data)) is None:
+        if (pager := self._pager(state.params, state.stats, data)) is None:
             sums = sum_rows(self._place(data))
         else:
             sums = sum_by_pages(lambda ids: sum_rows(pager.population(ids)), pager.size, data.num_clients)
@@ -251,7 +251,7 @@ class Simulation:
         options = {"lanes": self.lanes(state.params), "batch_size": min(_EVALUATION_ROWS, max(1, rows.max_size))}
         key = jax.random.fold_in(state.key, state.round)
         sum_rows = partial(sum_personal_metrics, self.algorithm.client, start, key, **options)
-        own, other = (self._pager(state.params, d) for d in (owners, rows))
+        own, other = (self._pager(state.params, state.stats, d) for d in (owners, rows))
         if own is None or other is None:
             sums = sum_rows((self._place(owners), self._place(rows)), tables, jnp.arange(rows.num_clients))
         else:
@@ -263,16 +263,17 @@ class Simulation:
     def _place(self, data: FederatedData) -> Population:
         return self.population if data is self.data else Placement(data, self.algorithm, self.devices).whole()
 
-    def _kept_row(self, params: Params) -> Any:
+    def _kept_row(self, params: Params, stats: Any) -> Any:
         """What one client keeps, as shapes and dtypes; traced once, since every call of a run asks."""
-        shapes = (jax.tree.structure(params), *((x.shape, x.dtype) for x in jax.tree.leaves(params)))
+        leaves, tree = jax.tree.flatten((params, stats))
+        shapes = (tree, *((jnp.shape(x), jnp.result_type(x)) for x in leaves))
         if shapes not in self._kept_rows:
-            self._kept_rows[shapes] = jax.eval_shape(self.algorithm.client.init_kept, params, jax.random.key(0))
+            self._kept_rows[shapes] = self.algorithm.kept_row(params, stats, jax.random.key(0))
         return self._kept_rows[shapes]
 
-    def _pager(self, params: Params, data: FederatedData, size: int | None = None) -> Pager | None:
+    def _pager(self, params: Params, stats: Any, data: FederatedData, size: int | None = None) -> Pager | None:
         """What brings pages of ``size`` clients to the devices, if data and kept rows stay on the host."""
-        rows = self._kept_row(params)
+        rows = self._kept_row(params, stats)
         if self._paged is False or (self._paged is None and self._placement.fits(rows)):
             return None
         placement = self._placement if data is self.data else Placement(data, self.algorithm, self.devices)
@@ -280,7 +281,7 @@ class Simulation:
         return Pager(placement, rows, min(size or _PAGE, data.num_clients), folder)
 
     def _first_state(self, params: Params, stats: Any, key: jax.Array, count: int) -> RunState:
-        pager = self._pager(params, self.data)
+        pager = self._pager(params, stats, self.data)
         rows = table_length(-(-count // self.devices.machines), self.devices) if pager is None else 0
         parts, options = (self.algorithm, self.selector), {"count": count, "rows": rows, "devices": self.devices}
         state = _first_state(*parts, params, stats, key, **options)
@@ -300,11 +301,11 @@ class Simulation:
 
     def _own(self, state: RunState) -> RunState:
         """The state with tables of its own, which rounds may donate or write to."""
-        pager = self._pager(state.params, self.data)
+        pager = self._pager(state.params, state.stats, self.data)
         if pager is not None:
             kept = pager.copy(state.kept, state.seen)
         else:
-            kept = with_keys(self._placement.by_device(state.kept), self._kept_row(state.params))
+            kept = with_keys(self._placement.by_device(state.kept), self._kept_row(state.params, state.stats))
             kept = trees.copy(kept)
         return state._replace(kept=kept, seen=trees.copy(state.seen))
 
@@ -318,7 +319,7 @@ class Simulation:
 
     def trace(self, state: RunState) -> None:
         """Traces a round without running it: finds parts, model and data that do not fit together."""
-        if (pager := self._pager(state.params, self.data, self.cohort_size)) is None:
+        if (pager := self._pager(state.params, state.stats, self.data, self.cohort_size)) is None:
             population, chunk = self.population, self.chunk
         else:
             population, state, chunk = *pager.example(state), 1
@@ -326,7 +327,7 @@ class Simulation:
         rounds_program(*arguments, **options).eval_shape(*arguments, **options)
 
     def _advance(self, state: RunState, rounds: int, lanes: int | None = None) -> tuple[RunState, list[RoundReport]]:
-        pager = self._pager(state.params, self.data, self.cohort_size)
+        pager = self._pager(state.params, state.stats, self.data, self.cohort_size)
 
         def run(selector: Any, population: Population, state: RunState, rounds: int, chunk: int) -> tuple[RunState, RoundInfo]:
             (parts, *rest), options = self._arguments(population, state, rounds, chunk)
@@ -376,7 +377,7 @@ def _first_state(
     devices: Devices,
 ) -> RunState:
     """A state in buffers of its own; one program, since op by op each small array would be compiled alone."""
-    kept = jax.eval_shape(algorithm.client.init_kept, params, key)
+    kept = algorithm.kept_row(params, stats, key)
     shared, versions = algorithm.client.shared(params), selector.versions
     server = algorithm.server.start_server(shared, jax.random.fold_in(key, _SERVER))
     number = jnp.zeros((), jnp.int32)

@@ -78,7 +78,7 @@ def _as_client_sees(simulation: Simulation, population: Population, state: RunSt
         cohort = simulation.selector.select(state.selector, state.key, state.round, population.count)
         key = jax.random.fold_in(state.key, SURVEY)
         start = start._replace(survey=survey_cohort(algorithm, population, start, cohort, key, 1))
-    kept = algorithm.client.init_kept(state.params, state.key)
+    kept = algorithm.client.init_kept(start, state.key)
     return _Seen(start, kept, population.client(jnp.zeros((), jnp.int32), jnp.ones(())), state.key)
 
 

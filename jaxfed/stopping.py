@@ -37,7 +37,7 @@ class BestModel:
 
     def __init__(self, metric: str, *, decrease: bool | None = None):
         self.metric = checks.instance("BestModel.metric", metric, str)
-        self.decrease = less_is_better(metric) if decrease is None else decrease
+        self.decrease = less_is_better(metric) if decrease is None else checks.instance("decrease", decrease, bool)
         self.round: int | None = None
         self.value = math.nan
         self.state: RunState | None = None
@@ -49,6 +49,7 @@ class BestModel:
             Whether this evaluation is the best so far; False for a round without one.
 
         Raises:
+            TypeError: If it is no report.
             ValueError: If the evaluation has no such metric.
         """
         value = _value_of(report, self.metric)
@@ -121,6 +122,7 @@ class EarlyStopping:
             Whether to stop.
 
         Raises:
+            TypeError: If it is no report.
             ValueError: If the evaluation has no such metric.
         """
         if (value := _value_of(report, self.metric)) is not None:
@@ -152,6 +154,8 @@ class EarlyStopping:
 
 
 def _value_of(report: RoundReport, metric: str) -> float | None:
+    remedy = "Give what rounds(...) yields, or the last of what chunks(...) yields."
+    checks.instance("report", report, RoundReport, remedy)
     if report.evaluation is None:
         return None
     row = report.evaluation.row()

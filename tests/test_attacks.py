@@ -96,7 +96,7 @@ def test_noise_is_that_of_the_clients_key():
     """The key is the client's own in every round, so that no two attackers send the same."""
     client, rows = Malicious(HONEST.client, GaussianUpload()), jaxfed.ClientRows.of(federation().client(1))
     start = jaxfed.Broadcast(jnp.zeros(2), {}, {}, 0)
-    send = jax.jit(lambda key: client.run(start, client.init_kept(start.params, key), rows, key)[0].delta)
+    send = jax.jit(lambda key: client.run(start, client.init_kept(start, key), rows, key)[0].delta)
     first, again, other = (send(jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert np.abs(first - other).min() > 1e-3

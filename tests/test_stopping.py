@@ -99,6 +99,11 @@ def test_unknown_metrics_and_bad_numbers_are_refused():
         EarlyStopping("loss", tolerance=-1)
     with pytest.raises(TypeError, match=r"BestModel\.metric: expected str, got 3"):
         BestModel(3)
+    for kind in (BestModel, EarlyStopping):
+        with pytest.raises(TypeError, match=r"decrease: expected bool, got 'no'"):
+            kind("loss", decrease="no")
+        with pytest.raises(TypeError, match=r"report: expected RoundReport, got .* or the last of what chunks"):
+            kind("loss").update([])
 
 
 def loss(w, batch, key):

@@ -44,6 +44,7 @@ def test_local_steps(timed, model, steps):
     client = jaxfed.fedavg(loss, lrate=0.01, batch_size=20, steps=steps).client
 
     def run(params, rows, key):
-        return client.run(Broadcast(params, {}, {}, 0), client.init_kept(params, key), rows, key)[0].delta
+        start = Broadcast(params, {}, {}, 0)
+        return client.run(start, client.init_kept(start, key), rows, key)[0].delta
 
     timed(run, params, rows, jax.random.key(1))

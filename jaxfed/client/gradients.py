@@ -81,6 +81,11 @@ class GradientRule(Part, kind="gradient"):
         """Whether :meth:`start_round` uses what a first pass over the cohort found."""
         return False
 
+    @property
+    def uncorrected(self) -> "GradientRule":
+        """The rule without what turns it towards the cohort's common optimum: a personal model has its own."""
+        return self
+
     def start_round(self, start: RoundStart) -> Rule:
         """The rule for one client's round, which may know where the round began; default: the rule itself."""
         del start
@@ -134,6 +139,11 @@ class SVRG(GradientRule):
     def needs_survey(self) -> bool:
         """True."""
         return True
+
+    @property
+    def uncorrected(self) -> GradientRule:
+        """``rule`` alone."""
+        return self.rule.uncorrected
 
     def start_round(self, start: RoundStart) -> Rule:
         """The corrected rule of this round."""

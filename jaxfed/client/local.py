@@ -61,9 +61,9 @@ class LocalTraining(ClientUpdate):
         """Local steps of clients with ``sizes`` rows."""
         return self.batches.num_steps(sizes, work, capacity)
 
-    def init_kept(self, params: Params, key: jax.Array) -> Any:
+    def init_kept(self, start: Broadcast, key: jax.Array) -> Any:
         """What the client's Optimizer keeps."""
-        return self.optimizer.init_kept(params, key)
+        return self.optimizer.init_kept(start.params, key)
 
     def run(self, start: Broadcast, kept: Any, rows: ClientRows, key: jax.Array) -> tuple[Upload, Any]:
         """Trains from the broadcast weights and returns the upload and what is kept."""
@@ -77,13 +77,7 @@ class LocalTraining(ClientUpdate):
         What wraps local training (a personal model, local leaves) calls this; ``upload.delta`` is ``begin - end``.
         """
         batches = self.batches.of(rows, key)
-
-        def full_gradient(params: Params) -> Params:
-            return self.full_gradient(params, start.stats, batches)
-
-        anchor = RoundStart(
-            start.params, start.stats, start.aux, start.round, jax.random.fold_in(key, OPTIMIZER), full_gradient, start.survey
-        )
+        anchor = anchor_of(start, self.gradient, self.loss, batches, jax.random.fold_in(key, OPTIMIZER))
         rule = self.gradient.start_round(anchor)
         carry = (begin, start.stats, self.optimizer.start_round(kept, anchor), jnp.zeros(()))
 
@@ -106,6 +100,15 @@ class LocalTraining(ClientUpdate):
     def metrics(self, personal: Any, batch: dict) -> dict[str, jax.Array]:
         """The model's metrics with these ``(params, stats)``."""
         return self.loss.metrics(*personal, batch)
+
+
+def anchor_of(start: Broadcast, gradient: GradientRule, model: Model, batches: Batches, key: jax.Array) -> RoundStart:
+    """What Optimizers and gradient rules know of a client's round when it begins."""
+
+    def full_gradient(params: Params) -> Params:
+        return mean_over_rows(gradient, model, params, start.stats, batches)
+
+    return RoundStart(start.params, start.stats, start.aux, start.round, key, full_gradient, start.survey)
 
 
 def metrics_of(batches: Batches, total_loss: jax.Array) -> dict[str, jax.Array]:

@@ -56,6 +56,11 @@ class HalfPrecision(GradientRule):
         """Whether ``rule`` does."""
         return self.rule.needs_survey
 
+    @property
+    def uncorrected(self) -> GradientRule:
+        """Such products in the ``uncorrected`` of ``rule``."""
+        return self.replace(rule=self.rule.uncorrected)
+
     def start_round(self, start: RoundStart) -> Rule:
         """``rule`` for this round, with such products."""
         return with_products_in(self.dtype, self.rule.start_round(start))

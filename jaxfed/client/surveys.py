@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 
-from jaxfed import checks
 from jaxfed.base import Broadcast, ClientUpdate, Params
 from jaxfed.client.batches import ClientRows
 from jaxfed.client.local import LocalTraining
@@ -34,14 +33,16 @@ class FullGradient(Survey):
     name = "full-gradient"
 
     def check_client(self, client: ClientUpdate) -> None:
-        """Refuses what is not plain local training: another client's weights are not the broadcast ones.
+        """Refuses clients whose global model is not trained by plain local training, from all of the broadcast weights.
 
         Raises:
             TypeError: For another client.
         """
-        checks.instance("survey: client", client, LocalTraining, "Its gradient is taken at the broadcast weights.")
+        if not isinstance(client.of_global, LocalTraining):
+            reason = "A gradient at the broadcast weights is that of a client which trains all of them, and nothing else"
+            raise TypeError(f"survey: expected LocalTraining, got {type(client.of_global).__name__}. {reason}.")
 
     def run(self, client: ClientUpdate, start: Broadcast, rows: ClientRows, key: jax.Array) -> Params:
         """One client's gradient over all its rows."""
-        training: LocalTraining = client  # type: ignore[assignment]
+        training: LocalTraining = client.of_global  # type: ignore[assignment]
         return training.full_gradient(start.params, start.stats, training.batches.of(rows, key))

@@ -3,8 +3,10 @@
 import warnings
 from typing import Any, ClassVar
 
+import jax
+
 from jaxfed import part
-from jaxfed.base import Aggregator, ClientUpdate, Selector
+from jaxfed.base import Aggregator, Broadcast, ClientUpdate, Params, Selector, Stats
 from jaxfed.client.surveys import Survey
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
 from jaxfed.part import Part
@@ -50,6 +52,15 @@ class Algorithm(Part, kind="algorithm"):
             for module in optimizer.parts:
                 if advice := module.advice(optimizer):
                     warnings.warn(advice, stacklevel=4)
+
+    def kept_row(self, params: Params, stats: Stats, key: jax.Array) -> Any:
+        """What one client keeps, as shapes and dtypes: those of what it keeps after the first broadcast."""
+
+        def first(params: Params, stats: Stats, key: jax.Array) -> Any:
+            server = self.server.start_server(self.client.shared(params), key)
+            return self.client.init_kept(Broadcast(params, stats, self.server.send(server), 0), key)
+
+        return jax.eval_shape(first, params, stats, key)
 
 
 def check_selection(algorithm: Algorithm, selector: Selector) -> None:

@@ -102,7 +102,7 @@ def _sum_at_client(
     batch_size: int,
 ) -> Outcome:
     run_key, first_key, order_key = (jax.random.fold_in(lane.key, stream) for stream in range(3))
-    kept = trees.select(lane.seen, kept, client.init_kept(start.params, first_key))
+    kept = trees.select(lane.seen, kept, client.init_kept(start, first_key))
     personal = client.personalize(start, kept, own, run_key)
     batches = Epochs(batch_size=batch_size, shuffle=False).of(rows, order_key)
 

@@ -84,7 +84,7 @@ def _visit_client(algorithm: Algorithm, now: Broadcast, past: Any, sent: Any, la
     """All that happens at one client."""
     start, staleness = began_from(now, past, lane.age)
     # As in a deployment, a client that is new starts from this round's weights.
-    kept = trees.select(lane.seen, kept, algorithm.client.init_kept(start.params, jax.random.fold_in(lane.key, FIRST_KEPT)))
+    kept = trees.select(lane.seen, kept, algorithm.client.init_kept(start, jax.random.fold_in(lane.key, FIRST_KEPT)))
     upload, kept = algorithm.client.run(start, kept, rows, lane.key)
     upload = upload._replace(metrics=upload.metrics | staleness)
     summand, stacked, counts = share_of(algorithm, upload, kept, sent)

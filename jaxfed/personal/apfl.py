@@ -1,5 +1,6 @@
 """APFL: a mixture of the weights of a personal and the global model."""
 
+from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import jax
@@ -9,16 +10,15 @@ import optax
 from jaxfed import part, trees
 from jaxfed.base import Broadcast, Params, RoundStart, Stats, Upload
 from jaxfed.client.batches import OPTIMIZER, PERSONAL, ClientRows
-from jaxfed.client.local import LocalTraining, metrics_of
+from jaxfed.client.gradients import Rule
+from jaxfed.client.local import LocalTraining, anchor_of, metrics_of
 from jaxfed.optimizer.optimizer import Optimizer
 from jaxfed.personal.wrapper import (
     Wrapper,
     idle_if,
     optional_optimizer,
-    own_stats,
     refuse_pairs,
     refuse_unless,
-    room_for_stats,
 )
 
 
@@ -73,7 +73,7 @@ class APFL(Wrapper):
         >>> training = LocalTraining(lambda v, batch, key: (v - batch["x"]) ** 2 / 2, 0.1, jaxfed.Steps(None, steps=2))
         >>> apfl, rows = APFL(training, alpha=0.5), jaxfed.ClientRows.of({"x": jnp.array([4.0])})
         >>> start, key = Broadcast(jnp.array(0.0), {}, {}, 0), jax.random.key(0)
-        >>> _, kept = apfl.run(start, apfl.init_kept(start.params, key), rows, key)
+        >>> _, kept = apfl.run(start, apfl.init_kept(start, key), rows, key)
         >>> print(f"{kept.params:.3f}")  # 0.05 * 4, and 0.05 * (4 - (0.2 + 0.4) / 2) more
         0.385
 
@@ -95,18 +95,21 @@ class APFL(Wrapper):
             if optimizer is not None:
                 refuse_pairs(where, optimizer, reason)
 
-    def init_kept(self, params: Params, key: jax.Array) -> APFLKept:
+    def init_kept(self, start: Broadcast, key: jax.Array) -> APFLKept:
         """Personal weights that equal the global ones."""
-        optimizer = self._personal.init_kept(params, jax.random.fold_in(key, PERSONAL))
-        stats, alpha = room_for_stats(self.model), jnp.asarray(self.alpha, float)
-        return APFLKept(self.client.init_kept(params, key), optimizer, params, stats, alpha, jnp.array(False))
+        optimizer = self._personal.init_kept(start.params, jax.random.fold_in(key, PERSONAL))
+        alpha, trained = jnp.asarray(self.alpha, float), jnp.array(False)
+        return APFLKept(self.client.init_kept(start, key), optimizer, start.params, start.stats, alpha, trained)
 
     def run(self, start: Broadcast, kept: APFLKept, rows: ClientRows, key: jax.Array) -> tuple[Upload, APFLKept]:
         """Trains both models, uploads the global one's change."""
-        optimizer_key = jax.random.fold_in(key, OPTIMIZER)
-        batches = self.client.batches.of(rows, key)
-        carry = (*self._begin(start, kept, optimizer_key), kept.alpha, jnp.array(True), jnp.zeros(()))
-        local, personal, alpha, _, total = batches.fold(self._step, carry)
+        training, optimizer_key = self.client, jax.random.fold_in(key, OPTIMIZER)
+        batches = training.batches.of(rows, key)
+        anchor = anchor_of(start, training.gradient, training.loss, batches, optimizer_key)
+        own = anchor._replace(params=kept.params, stats=kept.stats, key=jax.random.fold_in(optimizer_key, PERSONAL))
+        step = partial(self._step, *(training.gradient.start_round(one) for one in (anchor, own)))
+        begin = (_begin(training.optimizer, kept.client, anchor), _begin(self._personal, kept.optimizer, own))
+        local, personal, alpha, _, total = batches.fold(step, (*begin, kept.alpha, jnp.array(True), jnp.zeros(())))
         client, aux = self.client.optimizer.end_round(local.state, start.params, local.params)
         optimizer, _ = self._personal.end_round(personal.state, kept.params, personal.params)
         delta = trees.subtract(trees.widen(start.params), trees.widen(local.params))
@@ -124,25 +127,22 @@ class APFL(Wrapper):
     def _personal(self) -> Optimizer:
         return self.client.optimizer if self.optimizer is None else self.optimizer
 
-    def _begin(self, start: Broadcast, kept: APFLKept, key: jax.Array) -> tuple[Trained, Trained]:
-        anchor = RoundStart(start.params, start.stats, {}, start.round, key)
-        local = Trained(start.params, start.stats, self.client.optimizer.start_round(kept.client, anchor))
-        anchor = anchor._replace(params=kept.params, key=jax.random.fold_in(key, PERSONAL))
-        stats = own_stats(kept.trained, kept.stats, start)
-        return local, Trained(kept.params, stats, self._personal.start_round(kept.optimizer, anchor))
-
-    def _step(self, carry: tuple, batch: dict, key: jax.Array) -> tuple:
+    def _step(self, rule: Rule, own_rule: Rule, carry: tuple, batch: dict, key: jax.Array) -> tuple:
         """One step of both from the weights as they are; ``first`` is True in the round's first."""
         local, personal, alpha, first, total = carry
         training = self.client
         mixed = trees.average(alpha, personal.params, local.params)
-        loss, stats, gradient = training.gradient(training.loss, local.params, local.stats, batch, key)
-        _, mixed_stats, slope = training.gradient(training.loss, mixed, personal.stats, batch, jax.random.fold_in(key, PERSONAL))
+        loss, stats, gradient = rule(training.loss, local.params, local.stats, batch, key)
+        _, mixed_stats, slope = own_rule(training.loss, mixed, personal.stats, batch, jax.random.fold_in(key, PERSONAL))
         direction = _dot(trees.subtract(personal.params, local.params), slope).astype(alpha.dtype)
         adapted = jnp.clip(alpha - trees.cast(self.alpha_lrate, alpha) * direction, 0, 1)
         local = _apply(training.optimizer, local, gradient, stats)
         personal = _apply(self._personal, personal, trees.scale(alpha, slope), mixed_stats)
         return local, personal, jnp.where(first, adapted, alpha), jnp.array(False), total + loss.astype(total.dtype)
+
+
+def _begin(optimizer: Optimizer, kept: Any, anchor: RoundStart) -> Trained:
+    return Trained(anchor.params, anchor.stats, optimizer.start_round(kept, anchor))
 
 
 def _apply(optimizer: Optimizer, model: Trained, gradient: Params, stats: Stats) -> Trained:

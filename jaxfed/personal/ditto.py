@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import part
-from jaxfed.base import Broadcast, Params, Stats, Upload
+from jaxfed.base import Broadcast, ClientUpdate, Params, Stats, Upload
 from jaxfed.client.batches import PERSONAL, BatchPolicy, ClientRows
 from jaxfed.client.local import LocalTraining
 from jaxfed.optimizer.optimizer import Optimizer
@@ -16,10 +16,8 @@ from jaxfed.personal.wrapper import (
     Wrapper,
     idle_if,
     optional_optimizer,
-    own_stats,
     refuse_pairs,
     refuse_unless,
-    room_for_stats,
     training_of,
 )
 
@@ -39,10 +37,12 @@ class Ditto(Wrapper):
 
     .. math:: v_i \leftarrow v_i - \eta (\nabla f_i(v_i) + \lambda (v_i - w_t))
 
-    The global model trains as ``client`` says, from :math:`w_t` as if there were no other; both use the weights that the round
-    began with, so their order does not matter. :math:`v_i` begins as the global weights of the client's first round, lasts from
-    round to round, and is what the client predicts with. For evaluation, a client that has never taken part trains it for one
-    round's work.
+    The global model trains as ``client`` says, from :math:`w_t` as if there were no other, and alone has what corrects steps
+    towards the common optimum (SCAFFOLD's, Mime's). Both use the weights that the round began with, so their order does not
+    matter. :math:`v_i` begins as the global weights of the client's first round, lasts from round to round, and is what the
+    client predicts with. For evaluation, a client that has never taken part trains it for one round's work. In a round in which
+    :math:`v_i` ceases to be finite the client does not count, its global model included: it is reported as excluded, and keeps
+    the :math:`v_i` it had.
 
     Args:
         client: What trains the global model: LocalTraining, or LocalLeaves, whose client's own leaves then anchor those of v.
@@ -59,7 +59,7 @@ class Ditto(Wrapper):
         >>> training = LocalTraining(lambda v, batch, key: (v - batch["x"]) ** 2 / 2, 0.1, jaxfed.Steps(None, steps=100))
         >>> ditto, rows = Ditto(training, strength=1.0), jaxfed.ClientRows.of({"x": jnp.array([4.0])})
         >>> start, key = Broadcast(jnp.array(0.0), {}, {}, 0), jax.random.key(0)
-        >>> _, kept = ditto.run(start, ditto.init_kept(start.params, key), rows, key)
+        >>> _, kept = ditto.run(start, ditto.init_kept(start, key), rows, key)
         >>> print(jnp.round(kept.params, 3))
         2.0
 
@@ -80,19 +80,23 @@ class Ditto(Wrapper):
         refuse_pairs("Ditto.optimizer", optimizer, reason)
 
     @property
+    def of_global(self) -> ClientUpdate:
+        """That of the wrapped client."""
+        return self.client.of_global
+
+    @property
     def training(self) -> LocalTraining:
         """The personal model's local training, pull included."""
         client = training_of(self.client)
         optimizer = client.optimizer if self.optimizer is None else self.optimizer
         pulled = optimizer.replace(regularizers=(*optimizer.regularizers, FedProx(self.strength)))
         batches = client.batches if self.batches is None else self.batches
-        return client.replace(optimizer=pulled, batches=batches, measures=())
+        return client.replace(optimizer=pulled, gradient=client.gradient.uncorrected, batches=batches, measures=())
 
-    def init_kept(self, params: Params, key: jax.Array) -> DittoKept:
+    def init_kept(self, start: Broadcast, key: jax.Array) -> DittoKept:
         """A personal model that equals the global one."""
-        kept = self.client.init_kept(params, key)
-        optimizer = self.training.init_kept(params, jax.random.fold_in(key, PERSONAL))
-        return DittoKept(kept, params, room_for_stats(self.model), optimizer, jnp.array(False))
+        optimizer = self.training.init_kept(start, jax.random.fold_in(key, PERSONAL))
+        return DittoKept(self.client.init_kept(start, key), start.params, start.stats, optimizer, jnp.array(False))
 
     def run(self, start: Broadcast, kept: DittoKept, rows: ClientRows, key: jax.Array) -> tuple[Upload, DittoKept]:
         """The wrapped client's round, and the personal model's."""
@@ -107,7 +111,6 @@ class Ditto(Wrapper):
 
     def _train(self, start: Broadcast, kept: DittoKept, rows: ClientRows, key: jax.Array) -> tuple[Params, Stats, Any]:
         anchor = self.client.own(start, kept.client) if isinstance(self.client, LocalLeaves) else start
-        anchor = anchor._replace(stats=own_stats(kept.trained, kept.stats, anchor))
-        key = jax.random.fold_in(key, PERSONAL)
+        anchor, key = anchor._replace(stats=kept.stats), jax.random.fold_in(key, PERSONAL)
         params, upload, optimizer = self.training.train(anchor, kept.params, kept.optimizer, rows, key)
         return params, upload.stats, optimizer

@@ -89,7 +89,7 @@ class FedEM(ClientUpdate):
         ...     return cross_entropy(predict(w, batch), batch)
         >>> client = FedEM(from_functions(init, loss, predict), 0.1, jaxfed.Epochs(10), models=2)
         >>> params, stats = client.model.init(jax.random.key(0))
-        >>> params.shape, client.init_kept(params, jax.random.key(1)).weights.tolist()
+        >>> params.shape, client.init_kept(Broadcast(params, stats, {}, 0), jax.random.key(1)).weights.tolist()
         ((2, 2, 3), [0.5, 0.5])
 
     References:
@@ -129,18 +129,18 @@ class FedEM(ClientUpdate):
         """Local steps of clients with ``sizes`` rows, M models each."""
         return self.batches.num_steps(sizes, work, capacity)
 
-    def init_kept(self, params: Params, key: jax.Array) -> FedEMKept:
+    def init_kept(self, start: Broadcast, key: jax.Array) -> FedEMKept:
         """Equal weights.
 
         Raises:
             ValueError: If the weights have no leading ``[M]``.
         """
-        for name, leaf in zip(trees.names(params), jax.tree.leaves(params)):
+        for name, leaf in zip(trees.names(start.params), jax.tree.leaves(start.params)):
             if jnp.shape(leaf)[:1] != (self.models,):
                 remedy = "Let the run draw them: init(key=...), or make them with stacked_starts(model, key, models)."
                 where = f"params, leaf {name or '(the whole)'}"
                 raise ValueError(f"{where}: expected a leading axis of {self.models} models, got {jnp.shape(leaf)}. {remedy}")
-        optimizer = jax.vmap(self.optimizer.init_kept)(params, self._keys(key))
+        optimizer = jax.vmap(self.optimizer.init_kept)(start.params, self._keys(key))
         return FedEMKept(jnp.full(self.models, 1 / self.models, float), optimizer)
 
     def run(self, start: Broadcast, kept: FedEMKept, rows: ClientRows, key: jax.Array) -> tuple[Upload, FedEMKept]:
@@ -148,13 +148,16 @@ class FedEM(ClientUpdate):
         optimizer_key = jax.random.fold_in(key, OPTIMIZER)
         batches = self.batches.of(rows, key)
         weights = self._mean_posterior(kept.weights, start, batches)
-        carry = (start.params, start.stats, self._start_optimizers(start, kept.optimizer, optimizer_key), jnp.zeros(()))
+        each = jnp.full(self.models, start.round)
+        anchors = RoundStart(start.params, start.stats, {}, each, self._keys(optimizer_key))
+        states = jax.vmap(self.optimizer.start_round)(kept.optimizer, anchors)
+        carry = (start.params, start.stats, states, jnp.zeros(()))
 
         def step(carry: tuple, batch: dict, key: jax.Array) -> tuple:
             params, stats, state, total = carry
             posterior = self._posterior(kept.weights, start, batch)
             component = lambda *model: self._component_step(batch, *model)  # noqa: E731
-            params, stats, state, losses = jax.vmap(component)(params, stats, state, posterior, self._keys(key))
+            params, stats, state, losses = jax.vmap(component)(anchors, params, stats, state, posterior, self._keys(key))
             return params, stats, state, total + losses.sum().astype(total.dtype)
 
         params, stats, state, total = batches.fold(step, carry)
@@ -192,18 +195,14 @@ class FedEM(ClientUpdate):
         rows = total.sum()  # a row's posteriors add up to one
         return jnp.where(rows > 0, total / jnp.where(rows > 0, rows, 1), weights)
 
-    def _start_optimizers(self, start: Broadcast, kept: Any, key: jax.Array) -> Any:
-        def one(kept: Any, params: Params, stats: Stats, key: jax.Array) -> Any:
-            return self.optimizer.start_round(kept, RoundStart(params, stats, {}, start.round, key))
-
-        return jax.vmap(one)(kept, start.params, start.stats, self._keys(key))
-
     def _component_step(
-        self, batch: Batch, params: Params, stats: Stats, state: Any, posterior: jax.Array, key: jax.Array
+        self, batch: Batch, anchor: RoundStart, params: Params, stats: Stats, state: Any, posterior: jax.Array, key: jax.Array
     ) -> tuple:
         """One model's step on the losses weighted by its posterior ``[B]``."""
+        # Under vmap over the models a rule of their round cannot be made before the loop.
+        rule = self.gradient.start_round(anchor)
         weighted = self.loss.replace(loss=jax.tree_util.Partial(_weighted_loss, self.loss.loss))
-        loss, stats, gradient = self.gradient(weighted, params, stats, {**batch, _POSTERIOR: posterior}, key)
+        loss, stats, gradient = rule(weighted, params, stats, {**batch, _POSTERIOR: posterior}, key)
         updates, state = self.optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), stats, state, loss
 

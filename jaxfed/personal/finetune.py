@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 import jax
 
 from jaxfed import part
-from jaxfed.base import Broadcast, Params, Stats
+from jaxfed.base import Broadcast, ClientUpdate, Params, Stats
 from jaxfed.client.batches import BatchPolicy, ClientRows
 from jaxfed.client.local import LocalTraining
 from jaxfed.optimizer.optimizer import Optimizer
@@ -35,7 +35,7 @@ class Finetuned(Wrapper):
         >>> training = LocalTraining(lambda v, batch, key: (v - batch["x"]) ** 2 / 2, 0.5, jaxfed.Steps(None, steps=1))
         >>> start, rows = Broadcast(jnp.array(0.0), {}, {}, 0), jaxfed.ClientRows.of({"x": jnp.array([4.0])})
         >>> tuned = Finetuned(training, batches=jaxfed.Steps(None, steps=2))
-        >>> print(tuned.personalize(start, tuned.init_kept(start.params, jax.random.key(0)), rows, jax.random.key(1))[0])
+        >>> print(tuned.personalize(start, tuned.init_kept(start, jax.random.key(0)), rows, jax.random.key(1))[0])
         3.0
 
     References:
@@ -56,12 +56,17 @@ class Finetuned(Wrapper):
         refuse_pairs("Finetuned.optimizer", self.training.optimizer, reason)
 
     @property
+    def of_global(self) -> ClientUpdate:
+        """That of the wrapped client."""
+        return self.client.of_global
+
+    @property
     def training(self) -> LocalTraining:
         """The local training of fine-tuning."""
         client = training_of(self.client)
         optimizer = client.optimizer if self.optimizer is None else self.optimizer
         batches = client.batches if self.batches is None else self.batches
-        return client.replace(optimizer=optimizer, batches=batches, measures=())
+        return client.replace(optimizer=optimizer, gradient=client.gradient.uncorrected, batches=batches, measures=())
 
     def personalize(self, start: Broadcast, kept: Any, rows: ClientRows, key: jax.Array) -> tuple[Params, Stats]:
         """What the wrapped client predicts with, trained on its rows."""
@@ -69,5 +74,5 @@ class Finetuned(Wrapper):
         params, stats = self.client.personalize(start, kept, rows, begin_key)
         training = self.training
         anchor = start._replace(params=params, stats=stats)
-        end, upload, _ = training.train(anchor, params, training.init_kept(params, first_key), rows, train_key)
+        end, upload, _ = training.train(anchor, params, training.init_kept(anchor, first_key), rows, train_key)
         return end, upload.stats

@@ -12,7 +12,7 @@ from jaxfed import checks, part, trees
 from jaxfed.base import Batch, Broadcast, Params, Stats, Upload
 from jaxfed.client.batches import ClientRows
 from jaxfed.client.local import LocalTraining
-from jaxfed.personal.wrapper import Wrapper, idle_if, own_stats, refuse_pairs, refuse_unless, room_for_stats
+from jaxfed.personal.wrapper import Wrapper, idle_if, refuse_pairs, refuse_unless
 
 _NORM = re.compile(r"norm|(^|[/_])bn\d*([/_]|$)", re.IGNORECASE)
 
@@ -98,20 +98,20 @@ class LocalLeaves(Wrapper):
         local = self._names(params)
         return trees.keep_leaves(params, lambda name: name not in local)
 
-    def init_kept(self, params: Params, key: jax.Array) -> LocalKept:
-        """The local leaves of the global weights."""
+    def init_kept(self, start: Broadcast, key: jax.Array) -> LocalKept:
+        """The local leaves of the global weights, and with ``statistics`` the global ones."""
         client_key, head_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
-        local = self._local(params)
-        stats = room_for_stats(self.model) if self.statistics else ()
+        local, stats = self._local(start.params), start.stats if self.statistics else ()
         if self.head is None:
-            kept = (self.client.init_kept(params, client_key), ())
+            kept = (self.client.init_kept(start, client_key), ())
         else:
-            kept = (self.client.init_kept(self.shared(params), client_key), self.head.init_kept(local, head_key))
+            shared = start._replace(params=self.shared(start.params))
+            kept = (self.client.init_kept(shared, client_key), self.head.init_kept(start._replace(params=local), head_key))
         return LocalKept(local, stats, *kept, jnp.array(False))
 
     def own(self, start: Broadcast, kept: LocalKept) -> Broadcast:
         """The broadcast as this client sees it, with its own leaves and statistics in place."""
-        stats = own_stats(kept.trained, kept.stats, start) if self.statistics else start.stats
+        stats = kept.stats if self.statistics else start.stats
         return start._replace(params=trees.merge(kept.params, start.params), stats=stats)
 
     def run(self, start: Broadcast, kept: LocalKept, rows: ClientRows, key: jax.Array) -> tuple[Upload, LocalKept]:
@@ -129,7 +129,7 @@ class LocalLeaves(Wrapper):
         """The shared leaves with the client's own; a client that has never trained trains its own now."""
         first_key, train_key = jax.random.fold_in(key, 0), jax.random.fold_in(key, 1)
         own = self.own(start, kept)
-        first = self._head.init_kept(self._local(own.params), first_key)
+        first = self._head.init_kept(own._replace(params=self._local(own.params)), first_key)
         params, stats, _ = self._train_local(own, first, idle_if(kept.trained, rows), train_key)
         return params, stats if self.statistics else start.stats
 
@@ -175,10 +175,11 @@ def _matches(leaves: Any, names: list[str]) -> frozenset[str]:
             none = "the model has no normalisation layer" if leaves is norm_layers else "the function chooses none"
             raise ValueError(f"LocalLeaves: {none}, by the names of its leaves: {checks.listing(names)}. Name the local ones.")
         return local
-    for pattern in leaves:
-        if not fnmatch.filter(names, pattern):
+    found = {pattern: [name for name in names if fnmatch.fnmatchcase(name, pattern)] for pattern in leaves}
+    for pattern, matched in found.items():
+        if not matched:
             raise ValueError(f"LocalLeaves: the pattern {pattern!r} matches no leaf. Leaves: {checks.listing(names)}.")
-    return frozenset(name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in leaves))
+    return frozenset(name for matched in found.values() for name in matched)
 
 
 def holding(training: LocalTraining, whole: Params) -> LocalTraining:

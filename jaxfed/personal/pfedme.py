@@ -8,10 +8,10 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxfed import part, trees
-from jaxfed.base import Batch, Broadcast, ClientUpdate, Model, Params, RoundStart, Stats, Upload
+from jaxfed.base import Batch, Broadcast, ClientUpdate, Model, Params, Stats, Upload
 from jaxfed.client.batches import OPTIMIZER, PERSONAL, BatchPolicy, ClientRows
-from jaxfed.client.gradients import GradientRule, MeanGradient, as_model
-from jaxfed.client.local import metrics_of
+from jaxfed.client.gradients import GradientRule, MeanGradient, Rule, as_model
+from jaxfed.client.local import anchor_of, metrics_of
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
 from jaxfed.personal.wrapper import refuse_pairs
 
@@ -56,7 +56,7 @@ class PFedMe(ClientUpdate):
         ...     return (params - batch["x"]) ** 2 / 2
         >>> client = PFedMe(loss, 0.1, 0.2, jaxfed.Steps(None, steps=1), strength=1.0, inner_steps=50)
         >>> start, rows = Broadcast(jnp.array(0.0), {}, {}, 0), jaxfed.ClientRows.of({"x": jnp.array([4.0])})
-        >>> upload, kept = client.run(start, client.init_kept(start.params, jax.random.key(0)), rows, jax.random.key(1))
+        >>> upload, kept = client.run(start, client.init_kept(start, jax.random.key(0)), rows, jax.random.key(1))
         >>> print(f"{-upload.delta:.4f}")  # theta is 2, the pull on w is 0 - 2
         0.2000
 
@@ -98,9 +98,10 @@ class PFedMe(ClientUpdate):
         """Batches that clients with ``sizes`` rows take; each costs ``inner_steps`` gradients."""
         return self.batches.num_steps(sizes, work, capacity)
 
-    def init_kept(self, params: Params, key: jax.Array) -> tuple[Any, Any]:
+    def init_kept(self, start: Broadcast, key: jax.Array) -> tuple[Any, Any]:
         """What the two Optimizers keep."""
-        return self.optimizer.init_kept(params, key), self.personal.init_kept(params, jax.random.fold_in(key, PERSONAL))
+        optimizer = self.optimizer.init_kept(start.params, key)
+        return optimizer, self.personal.init_kept(start.params, jax.random.fold_in(key, PERSONAL))
 
     def run(self, start: Broadcast, kept: tuple, rows: ClientRows, key: jax.Array) -> tuple[Upload, tuple]:
         """Trains, and uploads the change of ``w``."""
@@ -120,14 +121,15 @@ class PFedMe(ClientUpdate):
         """``(personal model, upload, kept)`` after a round's work."""
         optimizer_key = jax.random.fold_in(key, OPTIMIZER)
         batches = self.batches.of(rows, key)
-        anchor = RoundStart(start.params, start.stats, {}, start.round, optimizer_key)
+        anchor = anchor_of(start, self.gradient, self.loss, batches, optimizer_key)
+        rule = self.gradient.start_round(anchor)
         outer = self.optimizer.start_round(kept[0], anchor)
         state = self.personal.start_round(kept[1], anchor._replace(key=jax.random.fold_in(optimizer_key, PERSONAL)))
         inner = Inner(start.params, start.stats, state, jnp.zeros(()))
 
         def step(carry: tuple, batch: dict, key: jax.Array) -> tuple:
             params, outer, inner, total = carry
-            inner = self._approach(inner, params, batch, key)
+            inner = self._approach(rule, inner, params, batch, key)
             pull = trees.scale(self.strength, trees.subtract(params, inner.params))
             updates, outer = self.optimizer.update(pull, outer, params)
             return optax.apply_updates(params, updates), outer, inner, total + inner.loss
@@ -138,12 +140,12 @@ class PFedMe(ClientUpdate):
         delta = trees.subtract(trees.widen(start.params), trees.widen(params))
         return inner, Upload(delta, inner.stats, {}, metrics_of(batches, total)), (kept_outer, kept_inner)
 
-    def _approach(self, inner: Inner, anchor: Params, batch: Batch, key: jax.Array) -> Inner:
+    def _approach(self, rule: Rule, inner: Inner, anchor: Params, batch: Batch, key: jax.Array) -> Inner:
         """``inner_steps`` steps towards the minimum of the batch's loss with the pull to ``anchor``."""
 
         def step(k: jax.Array, inner: Inner) -> Inner:
             key_k = jax.random.fold_in(key, k)
-            loss, stats, gradient = self.gradient(self.loss, inner.params, inner.stats, batch, key_k)
+            loss, stats, gradient = rule(self.loss, inner.params, inner.stats, batch, key_k)
             gradient = trees.add_scaled(gradient, self.strength, trees.subtract(inner.params, anchor))
             updates, state = self.personal.update(gradient, inner.state, inner.params)
             return Inner(optax.apply_updates(inner.params, updates), stats, state, loss.astype(inner.loss.dtype))

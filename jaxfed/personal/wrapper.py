@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxfed import part, trees
-from jaxfed.base import Batch, Broadcast, ClientUpdate, Model, Params, Stats, Upload
+from jaxfed import part
+from jaxfed.base import Batch, Broadcast, ClientUpdate, Model, Params, Upload
 from jaxfed.client.batches import ClientRows
-from jaxfed.client.gradients import as_model
 from jaxfed.client.local import LocalTraining
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
 
@@ -48,9 +47,9 @@ class Wrapper(ClientUpdate, register=False):
         """What the wrapped client shares."""
         return self.client.shared(params)
 
-    def init_kept(self, params: Params, key: jax.Array) -> Any:
+    def init_kept(self, start: Broadcast, key: jax.Array) -> Any:
         """What the wrapped client keeps."""
-        return self.client.init_kept(params, key)
+        return self.client.init_kept(start, key)
 
     def run(self, start: Broadcast, kept: Any, rows: ClientRows, key: jax.Array) -> tuple[Upload, Any]:
         """The wrapped client's round."""
@@ -95,14 +94,3 @@ def optional_optimizer() -> Any:
 def idle_if(trained: jax.Array, rows: ClientRows) -> ClientRows:
     """The rows, with no work to do for a client that has trained before."""
     return dataclasses.replace(rows, work=jnp.where(trained, 0.0, rows.work))
-
-
-def room_for_stats(model: Model) -> Stats:
-    """Zeros shaped like the model's statistics, until a client has its own. A plain loss has none."""
-    plain = model.init.func is as_model("loss", room_for_stats).init.func  # type: ignore[attr-defined]
-    return {} if plain else trees.zeros_like(jax.eval_shape(lambda: model.init(jax.random.key(0))[1]))
-
-
-def own_stats(trained: jax.Array, kept: Stats, start: Broadcast) -> Stats:
-    """A client's own statistics, or the broadcast ones if it has none yet."""
-    return trees.select(trained, kept, start.stats)

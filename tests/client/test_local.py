@@ -22,7 +22,7 @@ def start(value=3.0, aux=None):
 @jax.jit
 def first_round(client, start, rows, key):
     init_key, run_key = jax.random.split(key)
-    return client.run(start, client.init_kept(start.params, init_key), rows, run_key)
+    return client.run(start, client.init_kept(start, init_key), rows, run_key)
 
 
 def run(client, start, rows):

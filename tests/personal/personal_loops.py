@@ -150,9 +150,10 @@ def personal(client, params, number, /, **changes):
 
 @partial(jax.jit, static_argnums=0)
 def _call(method, client, params, rows, changes):
-    kept = client.init_kept(params, jax.random.key(0))
+    begin = Broadcast(params, {}, {}, 0)
+    kept = client.init_kept(begin, jax.random.key(0))
     kept = kept._replace(**changes) if changes else kept
-    return getattr(client, method)(Broadcast(params, {}, {}, 0), kept, rows, jax.random.key(1))
+    return getattr(client, method)(begin, kept, rows, jax.random.key(1))
 
 
 def simulation(client, lanes=3):

@@ -8,7 +8,7 @@ from personal import personal_loops as loops
 from personal.personal_loops import assert_trees, kept_of, local_training
 
 import jaxfed
-from jaxfed import Ditto, LocalLeaves, Optimizer
+from jaxfed import Broadcast, Ditto, LocalLeaves, Optimizer
 
 STRENGTH, PERSONAL_RATE = 0.4, 0.2
 pytestmark = pytest.mark.usefixtures("x64")
@@ -77,7 +77,7 @@ def test_over_local_leaves_the_anchor_is_what_the_client_sees():
     """With one step and rate 1 / strength, v becomes the anchor less a step: its head is the client's own."""
     leaves = LocalLeaves(local_training(batches=jaxfed.Steps(None, steps=1)), "head")
     params, own_head, own, rows = loops.start(), loops.start(seed=2)["head"], loops.start(seed=3), loops.data().client(3)
-    inner = leaves.init_kept(params, jax.random.key(0))._replace(params={"body": None, "head": own_head})
+    inner = leaves.init_kept(Broadcast(params, {}, {}, 0), jax.random.key(0))._replace(params={"body": None, "head": own_head})
     upload, kept = loops.run_round(Ditto(leaves, 0.5, 2.0), params, 3, client=inner, params=own, trained=True)
     anchor = {**params, "head": own_head}
     assert_trees(kept.params, loops.sgd(anchor, loops.gradient(own, rows["x"], rows["y"]), 0.5))

@@ -11,7 +11,7 @@ from personal import personal_loops as loops
 from personal.personal_loops import assert_trees, kept_of
 
 import jaxfed
-from jaxfed import FedEM, Optimizer, stacked_starts
+from jaxfed import Broadcast, FedEM, Optimizer, stacked_starts
 from jaxfed.models.functions import from_functions
 from jaxfed.models.losses import cross_entropy
 
@@ -173,7 +173,7 @@ def test_bad_parts_are_refused(make, error, text):
 
 def test_weights_of_one_model_are_refused():
     with pytest.raises(ValueError, match=r"leaf body: expected a leading axis of 3 models, got \(4, 2\)"):
-        CLIENT.init_kept({"body": jnp.zeros((4, 2)), "head": jnp.zeros((3, 2, 3))}, jax.random.key(0))
+        CLIENT.init_kept(Broadcast({"body": jnp.zeros((4, 2)), "head": jnp.zeros((3, 2, 3))}, {}, {}, 0), jax.random.key(0))
 
 
 @pytest.mark.parametrize("labels", [None, np.zeros(9, np.float32), np.zeros((9, 1), int)])

@@ -84,8 +84,8 @@ def trained(rows, pi):
 
 
 def broadcast(client):
-    kept = client.init_kept(jnp.asarray(tables()), jax.random.key(0))._replace(weights=jnp.asarray(WEIGHTS))
-    return Broadcast(jnp.asarray(tables()), {}, {}, 0), kept
+    start = Broadcast(jnp.asarray(tables()), {}, {}, 0)
+    return start, client.init_kept(start, jax.random.key(0))._replace(weights=jnp.asarray(WEIGHTS))
 
 
 @pytest.mark.usefixtures("x64")

@@ -43,7 +43,8 @@ def envelopes(steps, lrate=0.3, **options):
     algorithm = jaxfed.pfedme(loops.parabola, strength=2.0, inner_steps=100, **work, **options)
     run = jaxfed.Simulation(algorithm, loops.curvatures(), chunk=50)
     state, _ = run.run(run.init(jnp.zeros(()), key=jax.random.key(0)), rounds=300)
-    start, kept = Broadcast(state.params, {}, {}, 0), algorithm.client.init_kept(state.params, jax.random.key(2))
+    start = Broadcast(state.params, {}, {}, 0)
+    kept = algorithm.client.init_kept(start, jax.random.key(2))
     rows = [jaxfed.ClientRows.of(loops.curvatures().client(i)) for i in range(2)]
     personal = [algorithm.client.personalize(start, kept, rows[i], jax.random.key(i))[0] for i in range(2)]
     return float(state.params), np.array(personal)
