@@ -20,20 +20,7 @@ from jaxfed.algorithms import (
 )
 from jaxfed.algorithms_corrected import afl, feddyn, fednova, mime, mimelite, qfedavg
 from jaxfed.algorithms_personal import apfl, ditto, fedbn, fedem, fedper, fedrep, finetuned, pfedme
-from jaxfed.base import (
-    Aggregator,
-    Broadcast,
-    ClientUpdate,
-    Cohort,
-    CohortInfo,
-    Model,
-    OptiModule,
-    Regularizer,
-    RoundStart,
-    RunState,
-    Selector,
-    Upload,
-)
+from jaxfed.base import Aggregator, ClientUpdate, Model, OptiModule, Regularizer, Selector
 from jaxfed.client.batches import ClientRows, Epochs, Poisson, Steps
 from jaxfed.client.gradients import SVRG, MeanGradient
 from jaxfed.client.local import LocalTraining
@@ -43,6 +30,7 @@ from jaxfed.client.surveys import FullGradient
 from jaxfed.data.federated import FederatedData
 from jaxfed.differentiable import differentiable_rounds
 from jaxfed.engine.algorithm import Algorithm
+from jaxfed.messages import Broadcast, Cohort, CohortInfo, RoundStart, RunState, Upload
 from jaxfed.optimizer.adaptive import Adagrad, Adam, RMSProp, Yogi
 from jaxfed.optimizer.clipping import L2Clipping, L2GlobalClipping
 from jaxfed.optimizer.feddyn import FedDynClient, FedDynServer

@@ -28,8 +28,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxfed import part, trees
-from jaxfed.base import Aggregator, Broadcast, CohortInfo, Model, Params, Upload
+from jaxfed.base import Aggregator, Model
 from jaxfed.client.batches import ATTACK
+from jaxfed.messages import Broadcast, CohortInfo, Params, Upload
 from jaxfed.part import Part
 from jaxfed.personal.wrapper import Wrapper
 

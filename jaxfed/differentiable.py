@@ -6,10 +6,10 @@ from collections.abc import Callable
 import jax
 
 from jaxfed import checks
-from jaxfed.base import RunState
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.engine.population import Population, weigh_population
 from jaxfed.engine.round import run_round
+from jaxfed.messages import RunState
 from jaxfed.simulation import Simulation
 
 

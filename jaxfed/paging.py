@@ -17,11 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfed import checks
-from jaxfed.base import Cohort, RunState, Selector
+from jaxfed.base import Selector
 from jaxfed.engine.cohort import Tables
 from jaxfed.engine.mesh import BY_DEVICE, EVERYWHERE, Devices
 from jaxfed.engine.population import Population, table_length
 from jaxfed.engine.round import SELECTION
+from jaxfed.messages import Cohort, RunState
 from jaxfed.placement import Placement
 
 # Clients whose kept rows are copied at a time.

@@ -11,13 +11,14 @@ from typing import Any
 import jax
 
 from jaxfed import checks, part, trees
-from jaxfed.base import Cohort, RunState, Selector
+from jaxfed.base import Selector
 from jaxfed.bottleneck import Shares, Work, sentence_of, work_of
 from jaxfed.costs import Collective, Cost, Peak, collectives, measure_peak, process_memory
 from jaxfed.data.federated import FederatedData
 from jaxfed.engine.compilation import rounds_program
 from jaxfed.engine.population import Population
 from jaxfed.engine.round import SELECTION
+from jaxfed.messages import Cohort, RunState
 from jaxfed.reports import RoundReport
 from jaxfed.simulation import Simulation
 from jaxfed.step_costs import server_steps, step_costs

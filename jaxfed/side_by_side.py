@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import checks, hyperparameters
-from jaxfed.base import Broadcast, Params, RunState
 from jaxfed.data.federated import FederatedData
 from jaxfed.differentiable import population_for
 from jaxfed.engine.cohort import Tables
@@ -23,6 +22,7 @@ from jaxfed.engine.lanes import default_lanes
 from jaxfed.engine.population import Population
 from jaxfed.engine.round import RoundInfo, run_round
 from jaxfed.hyperparameters import SEED, Field, Setting
+from jaxfed.messages import Broadcast, Params, RunState
 from jaxfed.placement import Placement
 from jaxfed.simulation import Simulation
 

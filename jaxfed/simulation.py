@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfed import checks, trees
-from jaxfed.base import Broadcast, Model, Params, RunState, Selector
+from jaxfed.base import Model, Selector
 from jaxfed.data.federated import FederatedData
 from jaxfed.engine.algorithm import Algorithm, check_selection
 from jaxfed.engine.cohort import Tables
@@ -22,6 +22,7 @@ from jaxfed.engine.mesh import Devices, choose_devices
 from jaxfed.engine.population import Population, table_length
 from jaxfed.engine.round import RoundInfo, state_layout
 from jaxfed.lane_choice import best_of, climb
+from jaxfed.messages import Broadcast, Params, RunState
 from jaxfed.models.advice import warn_of_slow_layers
 from jaxfed.paging import Pager, check_paged, run_paged, sum_by_pages, with_keys
 from jaxfed.placement import Placement

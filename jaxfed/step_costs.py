@@ -10,7 +10,6 @@ import numpy as np
 import optax
 
 from jaxfed import trees
-from jaxfed.base import Broadcast, CohortInfo, RoundStart, RunState
 from jaxfed.client.batches import ClientRows
 from jaxfed.client.local import LocalTraining
 from jaxfed.costs import Cost, cost_of
@@ -19,6 +18,7 @@ from jaxfed.engine.population import Population
 from jaxfed.engine.round import SURVEY, server_step, state_layout
 from jaxfed.engine.sums import Reduced
 from jaxfed.engine.survey import survey_cohort
+from jaxfed.messages import Broadcast, CohortInfo, RoundStart, RunState
 from jaxfed.personal.wrapper import Wrapper
 from jaxfed.simulation import Simulation
 

@@ -5,7 +5,7 @@ import math
 import jax
 
 from jaxfed import checks
-from jaxfed.base import RunState
+from jaxfed.messages import RunState
 from jaxfed.reports import RoundReport, less_is_better
 
 

@@ -12,9 +12,9 @@ import jax
 import numpy as np
 
 from jaxfed import checks, hyperparameters
-from jaxfed.base import Params
 from jaxfed.data.federated import FederatedData
 from jaxfed.hyperparameters import SEED, Setting
+from jaxfed.messages import Params
 from jaxfed.reports import Evaluation, History, RoundReport
 from jaxfed.side_by_side import Block, Rows, bytes_available, plan, runs_of
 from jaxfed.simulation import Simulation

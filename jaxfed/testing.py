@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxfed import part, trees
-from jaxfed.base import Aggregator, OptiModule, Params, RoundStart
+from jaxfed.base import Aggregator, OptiModule
+from jaxfed.messages import Params, RoundStart
 from jaxfed.optimizer.rates import Schedule
 from jaxfed.part import Part
 

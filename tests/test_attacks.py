@@ -8,7 +8,7 @@ import pytest
 import jaxfed
 from jaxfed import CentredClipping, Krum, Mean, Median
 from jaxfed.attacks import ALittleIsEnough, GaussianUpload, Malicious, Scaling, SignFlip, flip_labels, largest_shift
-from jaxfed.base import CohortInfo, Upload
+from jaxfed.messages import CohortInfo, Upload
 from jaxfed.testing import check_config, check_pytree
 
 ATTACKERS = (1, 4)

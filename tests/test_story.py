@@ -11,7 +11,7 @@ import jaxfed
 
 ROOT = Path(jaxfed.__file__).parent
 STORY = """
-    checks part trees permutation programs base
+    checks part trees permutation programs messages base
     optimizer.rates optimizer.schedules optimizer.regularizers optimizer.momentum optimizer.adaptive optimizer.clipping
     optimizer.noise optimizer.paired optimizer.feddyn optimizer.mime optimizer.foreign optimizer.optimizer
     client.batches client.gradients client.precision client.privacy client.measures client.local client.surveys

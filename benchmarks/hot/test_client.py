@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 import jaxfed
-from jaxfed.base import Broadcast
 from jaxfed.client.batches import ClientRows
+from jaxfed.messages import Broadcast
 from jaxfed.models import layers
 
 

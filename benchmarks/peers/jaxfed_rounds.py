@@ -17,7 +17,8 @@ from workloads import Workload, load, widened
 
 import jaxfed
 from jaxfed import part
-from jaxfed.base import Cohort, Selector
+from jaxfed.base import Selector
+from jaxfed.messages import Cohort
 from jaxfed.models import layers, recurrent
 
 LAYOUT = ("NHWC", "HWIO", "NHWC")

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 
 import jaxfed
-from jaxfed.base import Batch
 from jaxfed.data import FederatedData
+from jaxfed.messages import Batch
 from jaxfed.models.adapters import from_linen
 from jaxfed.models.losses import accuracy
 from jaxfed.models.reference import CharLSTM

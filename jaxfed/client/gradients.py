@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import checks, part, trees
-from jaxfed.base import Batch, Model, Params, RoundStart, Stats
+from jaxfed.base import Model
+from jaxfed.messages import Batch, Params, RoundStart, Stats
 from jaxfed.part import Part
 
 Rule = Callable[[Model, Params, Stats, Batch, jax.Array], tuple[jax.Array, Stats, Params]]

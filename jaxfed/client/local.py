@@ -8,10 +8,11 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxfed import part, trees
-from jaxfed.base import Broadcast, ClientUpdate, Model, Params, RoundStart, Stats, Upload
+from jaxfed.base import ClientUpdate, Model
 from jaxfed.client.batches import OPTIMIZER, Batches, BatchPolicy, ClientRows
 from jaxfed.client.gradients import GradientRule, MeanGradient, as_model
 from jaxfed.client.measures import Measure
+from jaxfed.messages import Broadcast, Params, RoundStart, Stats, Upload
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
 
 

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import trees
-from jaxfed.base import Broadcast, Model, Params
+from jaxfed.base import Model
 from jaxfed.client.batches import Batches
+from jaxfed.messages import Broadcast, Params
 from jaxfed.part import Part
 
 # Keeps weights of 0 from dividing.

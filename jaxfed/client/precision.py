@@ -9,8 +9,9 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxfed import part
-from jaxfed.base import Batch, Model, Params, RoundStart, Stats
+from jaxfed.base import Model
 from jaxfed.client.gradients import GradientRule, MeanGradient, Rule
+from jaxfed.messages import Batch, Params, RoundStart, Stats
 
 _PRODUCTS = ("dot_general", "conv_general_dilated")
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import optax
 
 from jaxfed import part, trees
-from jaxfed.base import Batch, Model, Params, Stats
+from jaxfed.base import Model
 from jaxfed.client.gradients import GradientRule
+from jaxfed.messages import Batch, Params, Stats
 from jaxfed.optimizer.clipping import clip
 
 # The stream of a step's key that draws noise; the key itself is the loss's.

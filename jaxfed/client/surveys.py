@@ -4,9 +4,10 @@ from typing import Any
 
 import jax
 
-from jaxfed.base import Broadcast, ClientUpdate, Params
+from jaxfed.base import ClientUpdate
 from jaxfed.client.batches import ClientRows
 from jaxfed.client.local import LocalTraining
+from jaxfed.messages import Broadcast, Params
 from jaxfed.part import Part
 
 

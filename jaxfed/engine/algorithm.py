@@ -6,8 +6,9 @@ from typing import Any, ClassVar
 import jax
 
 from jaxfed import part
-from jaxfed.base import Aggregator, Broadcast, ClientUpdate, Params, Selector, Stats
+from jaxfed.base import Aggregator, ClientUpdate, Selector
 from jaxfed.client.surveys import Survey
+from jaxfed.messages import Broadcast, Params, Stats
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
 from jaxfed.part import Part
 from jaxfed.server.aggregators import Mean

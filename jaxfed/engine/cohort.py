@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxfed.base import Cohort
 from jaxfed.engine.lanes import Lane, Outcome, Visit, fold_waves
 from jaxfed.engine.mesh import BY_DEVICE, BY_MACHINE, EVERYWHERE, Devices
 from jaxfed.engine.population import Population
+from jaxfed.messages import Cohort
 
 Client = jax.tree_util.Partial
 """``(lane, kept row, *rows) -> Outcome``, for one client with its :class:`ClientRows` in every population.

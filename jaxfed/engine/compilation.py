@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from jaxfed.base import RunState
 from jaxfed.engine.lanes import is_small
 from jaxfed.engine.round import RoundInfo
 from jaxfed.engine.rounds import run_rounds
+from jaxfed.messages import RunState
 from jaxfed.programs import loop_work
 
 _OPTIONS: dict[str, Any] = {"static_argnames": ("chunk", "lanes"), "donate_argnames": ("tables",)}

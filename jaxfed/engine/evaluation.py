@@ -9,12 +9,13 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jaxfed import trees
-from jaxfed.base import Broadcast, ClientUpdate, Cohort, Model, Params, Stats
+from jaxfed.base import ClientUpdate, Model
 from jaxfed.client.batches import ClientRows, Epochs
 from jaxfed.engine.cohort import Tables, fold_clients
 from jaxfed.engine.lanes import Lane, Outcome
 from jaxfed.engine.mesh import BY_MACHINE, EVERYWHERE
 from jaxfed.engine.population import Population
+from jaxfed.messages import Broadcast, Cohort, Params, Stats
 
 
 @partial(jax.jit, static_argnames=("at_once",))

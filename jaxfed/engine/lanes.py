@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxfed.base import Params
+from jaxfed.messages import Params
 
 _SMALL = 20_000
 

@@ -8,7 +8,7 @@ import optax
 from jax.tree_util import Partial
 
 from jaxfed import trees
-from jaxfed.base import Broadcast, Cohort, CohortInfo, RunState, Selector
+from jaxfed.base import Selector
 from jaxfed.client.batches import ClientRows
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.engine.cohort import Tables, fold_clients
@@ -17,6 +17,7 @@ from jaxfed.engine.mesh import BY_DEVICE, EVERYWHERE, Devices
 from jaxfed.engine.population import Population
 from jaxfed.engine.sums import Reduced, reduce_cohort, share_of
 from jaxfed.engine.survey import survey_cohort
+from jaxfed.messages import Broadcast, Cohort, CohortInfo, RunState
 
 # Each use of a round's randomness has a stream of its own, so that adding one leaves the others as they were.
 STREAMS = 4

@@ -5,10 +5,11 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxfed.base import RunState, Selector
+from jaxfed.base import Selector
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.engine.population import Population
 from jaxfed.engine.round import RoundInfo, run_round
+from jaxfed.messages import RunState
 
 
 def run_rounds(

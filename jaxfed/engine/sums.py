@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import trees
-from jaxfed.base import CohortInfo, RunState, Stats, Upload
 from jaxfed.engine.algorithm import Algorithm
+from jaxfed.messages import CohortInfo, RunState, Stats, Upload
 from jaxfed.server.aggregators import over_weight
 
 

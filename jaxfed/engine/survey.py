@@ -7,12 +7,12 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jaxfed import trees
-from jaxfed.base import Broadcast, Cohort
 from jaxfed.client.batches import ClientRows
 from jaxfed.engine.algorithm import Algorithm
 from jaxfed.engine.cohort import Tables, fold_clients
 from jaxfed.engine.lanes import Lane, Outcome
 from jaxfed.engine.population import Population
+from jaxfed.messages import Broadcast, Cohort
 from jaxfed.server.aggregators import over_weight
 
 

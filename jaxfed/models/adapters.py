@@ -19,7 +19,8 @@ from flax import core, nnx
 from flax import linen as nn
 
 from jaxfed import checks, trees
-from jaxfed.base import Model, Params, Stats
+from jaxfed.base import Model
+from jaxfed.messages import Params, Stats
 from jaxfed.models.functions import Task, as_model, from_functions, row_shapes
 from jaxfed.models.losses import Loss, binary_cross_entropy, cross_entropy, squared_error
 

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from jaxfed import checks, trees
-from jaxfed.base import Batch, Model, Params, Stats
+from jaxfed.base import Model
 from jaxfed.client import gradients
+from jaxfed.messages import Batch, Params, Stats
 from jaxfed.models.losses import METRICS, Loss
 
 Rows = dict[str, jax.ShapeDtypeStruct]

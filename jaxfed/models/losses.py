@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxfed.base import Batch
+from jaxfed.messages import Batch
 
 Loss = Callable[[jax.Array, Batch], jax.Array]
 

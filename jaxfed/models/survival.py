@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxfed.base import Batch
+from jaxfed.messages import Batch
 
 
 def cox(risks: jax.Array, batch: Batch) -> jax.Array:

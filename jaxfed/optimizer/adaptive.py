@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import checks, part, trees
-from jaxfed.base import Params
+from jaxfed.messages import Params
 from jaxfed.optimizer.momentum import Resettable, move_by_sign, wide_zeros
 
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import part, trees
-from jaxfed.base import OptiModule, Params
+from jaxfed.base import OptiModule
+from jaxfed.messages import Params
 
 
 def clip(updates: Params, max_norm: Any) -> Params:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import part, trees
-from jaxfed.base import CohortInfo, OptiModule, Params, RoundStart
+from jaxfed.base import OptiModule
+from jaxfed.messages import CohortInfo, Params, RoundStart
 
 
 class FedDynState(NamedTuple):

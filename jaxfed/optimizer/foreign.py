@@ -11,7 +11,8 @@ import optax
 from optax import contrib
 
 from jaxfed import checks, part
-from jaxfed.base import OptiModule, Params
+from jaxfed.base import OptiModule
+from jaxfed.messages import Params
 from jaxfed.optimizer.rates import as_rate
 from jaxfed.part import Part
 

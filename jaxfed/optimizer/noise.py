@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import part, trees
-from jaxfed.base import OptiModule, Params, RoundStart
+from jaxfed.base import OptiModule
+from jaxfed.messages import Params, RoundStart
 
 
 class NoiseState(NamedTuple):

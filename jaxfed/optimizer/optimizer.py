@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import part, trees
-from jaxfed.base import CohortInfo, OptiModule, Params, Regularizer, RoundStart
+from jaxfed.base import OptiModule, Regularizer
+from jaxfed.messages import CohortInfo, Params, RoundStart
 from jaxfed.optimizer.foreign import wrap_optax
 from jaxfed.optimizer.rates import rate, rates
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import part, trees
-from jaxfed.base import Params, Regularizer
+from jaxfed.base import Regularizer
+from jaxfed.messages import Params
 
 
 def _add(penalty: Callable[..., jax.Array], rate: Any, updates: Params, params: Params | None, *rest: Params) -> Params:

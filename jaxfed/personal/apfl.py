@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from jaxfed import part, trees
-from jaxfed.base import Broadcast, Params, RoundStart, Stats, Upload
 from jaxfed.client.batches import OPTIMIZER, PERSONAL, ClientRows
 from jaxfed.client.gradients import Rule
 from jaxfed.client.local import LocalTraining, anchor_of, metrics_of
+from jaxfed.messages import Broadcast, Params, RoundStart, Stats, Upload
 from jaxfed.optimizer.optimizer import Optimizer
 from jaxfed.personal.wrapper import (
     Wrapper,

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import part
-from jaxfed.base import Broadcast, ClientUpdate, Params, Stats, Upload
+from jaxfed.base import ClientUpdate
 from jaxfed.client.batches import PERSONAL, BatchPolicy, ClientRows
 from jaxfed.client.local import LocalTraining
+from jaxfed.messages import Broadcast, Params, Stats, Upload
 from jaxfed.optimizer.optimizer import Optimizer
 from jaxfed.optimizer.regularizers import FedProx
 from jaxfed.personal.partial import LocalLeaves

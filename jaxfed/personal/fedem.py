@@ -9,10 +9,11 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxfed import checks, part, trees
-from jaxfed.base import Batch, Broadcast, ClientUpdate, Model, Params, RoundStart, Stats, Upload
+from jaxfed.base import ClientUpdate, Model
 from jaxfed.client.batches import OPTIMIZER, Batches, BatchPolicy, ClientRows
 from jaxfed.client.gradients import GradientRule, MeanGradient
 from jaxfed.client.local import metrics_of
+from jaxfed.messages import Batch, Broadcast, Params, RoundStart, Stats, Upload
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
 from jaxfed.personal.wrapper import refuse_pairs
 

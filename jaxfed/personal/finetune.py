@@ -5,9 +5,10 @@ from typing import Any, ClassVar
 import jax
 
 from jaxfed import part
-from jaxfed.base import Broadcast, ClientUpdate, Params, Stats
+from jaxfed.base import ClientUpdate
 from jaxfed.client.batches import BatchPolicy, ClientRows
 from jaxfed.client.local import LocalTraining
+from jaxfed.messages import Broadcast, Params, Stats
 from jaxfed.optimizer.optimizer import Optimizer
 from jaxfed.personal.apfl import APFL
 from jaxfed.personal.ditto import Ditto

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import checks, part, trees
-from jaxfed.base import Batch, Broadcast, Params, Stats, Upload
 from jaxfed.client.batches import ClientRows
 from jaxfed.client.local import LocalTraining
+from jaxfed.messages import Batch, Broadcast, Params, Stats, Upload
 from jaxfed.personal.wrapper import Wrapper, idle_if, refuse_pairs, refuse_unless
 
 _NORM = re.compile(r"norm|(^|[/_])bn\d*([/_]|$)", re.IGNORECASE)

@@ -8,10 +8,11 @@ import optax
 from jax.typing import ArrayLike
 
 from jaxfed import part, trees
-from jaxfed.base import Batch, Broadcast, ClientUpdate, Model, Params, Stats, Upload
+from jaxfed.base import ClientUpdate, Model
 from jaxfed.client.batches import OPTIMIZER, PERSONAL, BatchPolicy, ClientRows
 from jaxfed.client.gradients import GradientRule, MeanGradient, Rule, as_model
 from jaxfed.client.local import anchor_of, metrics_of
+from jaxfed.messages import Batch, Broadcast, Params, Stats, Upload
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
 from jaxfed.personal.wrapper import refuse_pairs
 

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxfed import part
-from jaxfed.base import Batch, Broadcast, ClientUpdate, Model, Params, Upload
+from jaxfed.base import ClientUpdate, Model
 from jaxfed.client.batches import ClientRows
 from jaxfed.client.local import LocalTraining
+from jaxfed.messages import Batch, Broadcast, Params, Upload
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
 
 

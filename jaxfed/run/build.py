@@ -17,12 +17,13 @@ import numpy as np
 
 from jaxfed import checks, part
 from jaxfed.algorithms import RECIPES, accepted_options, build_recipe
-from jaxfed.base import Model, RunState
+from jaxfed.base import Model
 from jaxfed.client.local import LocalTraining
 from jaxfed.data import datasets
 from jaxfed.data.federated import FederatedData
 from jaxfed.data.partition import PARTITIONS
 from jaxfed.engine.algorithm import Algorithm
+from jaxfed.messages import RunState
 from jaxfed.optimizer.optimizer import Optimizer
 from jaxfed.optimizer.rates import as_rate
 from jaxfed.run import machines

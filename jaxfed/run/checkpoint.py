@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfed import checks, files
-from jaxfed.base import RunState
+from jaxfed.messages import RunState
 from jaxfed.run import journal, tables
 from jaxfed.run.environment import versions
 from jaxfed.run.journal import Position

@@ -14,7 +14,7 @@ import tyro
 from rich.console import Console
 
 from jaxfed import files
-from jaxfed.base import RunState
+from jaxfed.messages import RunState
 from jaxfed.profiling import profile_rounds
 from jaxfed.run import build, listing, show
 from jaxfed.run.client_curves import read_client_curves

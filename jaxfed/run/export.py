@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from jaxfed import checks, files
-from jaxfed.base import RunState
+from jaxfed.messages import RunState
 from jaxfed.run.environment import extra
 
 FORMATS = (".safetensors", ".msgpack")

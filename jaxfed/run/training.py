@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jaxfed import files
-from jaxfed.base import RunState
+from jaxfed.messages import RunState
 from jaxfed.reports import Evaluation, RoundReport
 from jaxfed.run import build, machines
 from jaxfed.run.checkpoint import Changed, Checkpoint, newest, open_checkpoint, save_run

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxfed import checks
-from jaxfed.base import RunState
+from jaxfed.messages import RunState
 from jaxfed.reports import Evaluation
 from jaxfed.run.config import RunConfig, RunSection
 from jaxfed.run.history import Row

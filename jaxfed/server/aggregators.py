@@ -8,7 +8,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxfed import checks, part, trees
-from jaxfed.base import Aggregator, CohortInfo, Params, Upload
+from jaxfed.base import Aggregator
+from jaxfed.messages import CohortInfo, Params, Upload
 
 
 def as_weighting(where: str, value: Any) -> str:

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import checks, part, trees
-from jaxfed.base import Cohort, CohortInfo, Params, Selector, Upload
+from jaxfed.base import Selector
+from jaxfed.messages import Cohort, CohortInfo, Params, Upload
 from jaxfed.permutation import permute
 from jaxfed.server.aggregators import WeightedAggregator, as_weighting, over_weight
 from jaxfed.server.clock import Availability

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxfed import checks, part
-from jaxfed.base import Cohort, Selector
+from jaxfed.base import Selector
+from jaxfed.messages import Cohort
 from jaxfed.part import Part
 from jaxfed.server.ranking import ranks
 from jaxfed.server.selection import Ranked, highest

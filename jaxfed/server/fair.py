@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import part, trees
-from jaxfed.base import CohortInfo, Params, Upload
+from jaxfed.messages import CohortInfo, Params, Upload
 from jaxfed.server.aggregators import WeightedAggregator, as_weighting, over_weight
 
 # What a loss is at least: powers of 0 would have no slope.

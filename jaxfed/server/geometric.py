@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import part, trees
-from jaxfed.base import Aggregator, CohortInfo, Params, Upload
+from jaxfed.base import Aggregator
+from jaxfed.messages import CohortInfo, Params, Upload
 from jaxfed.server.aggregators import WeightedAggregator, as_weighting
 from jaxfed.server.robust import by_coordinate, median
 

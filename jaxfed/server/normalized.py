@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxfed import part, trees
-from jaxfed.base import CohortInfo, Params, RoundStart, Upload
+from jaxfed.messages import CohortInfo, Params, RoundStart, Upload
 from jaxfed.optimizer.optimizer import Optimizer, as_optimizer
 from jaxfed.server.aggregators import WeightedAggregator, as_weighting, over_weight
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import checks, part
-from jaxfed.base import Cohort
+from jaxfed.messages import Cohort
 from jaxfed.server.ranking import ALWAYS
 from jaxfed.server.selection import Ranked
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxfed import checks, part, trees
-from jaxfed.base import Aggregator, CohortInfo, Params, Upload
+from jaxfed.base import Aggregator
+from jaxfed.messages import CohortInfo, Params, Upload
 from jaxfed.optimizer.clipping import clip
 
 # The streams of a round's key: noise on the sum, noise on the count.

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import checks, part
-from jaxfed.base import Cohort, Selector
+from jaxfed.base import Selector
+from jaxfed.messages import Cohort
 from jaxfed.server.selection import Ranked, highest
 
 # What travels with every upload.

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import part
-from jaxfed.base import Aggregator, CohortInfo, Params, Upload
+from jaxfed.base import Aggregator
+from jaxfed.messages import CohortInfo, Params, Upload
 from jaxfed.optimizer.clipping import clip
 from jaxfed.server.aggregators import Mean, as_weighting
 

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxfed import part
-from jaxfed.base import Cohort, Selector
+from jaxfed.base import Selector
+from jaxfed.messages import Cohort
 from jaxfed.permutation import permute
 
 # The stream of a selection's key that tells who is late; the key itself draws the cohort.

@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec
 
 import jaxfed
 from jaxfed import Bulyan, CentredClipping, GeometricMedian, Krum, Median, TrimmedMean
-from jaxfed.base import CohortInfo, Upload
 from jaxfed.engine.cohort import deal
 from jaxfed.engine.mesh import AXES, EVERYWHERE, choose_devices
+from jaxfed.messages import CohortInfo, Upload
 
 pytestmark = pytest.mark.usefixtures("x64")
 RULES = {

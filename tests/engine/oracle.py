@@ -12,8 +12,9 @@ import numpy as np
 
 import jaxfed
 from jaxfed import part
-from jaxfed.base import Cohort, Selector
+from jaxfed.base import Selector
 from jaxfed.engine.round import CLIENTS, SELECTION
+from jaxfed.messages import Cohort
 
 FEATURES, CLASSES = 4, 3
 SIZES = np.array([5, 1, 0, 12, 7, 3, 9, 4, 8])

@@ -14,7 +14,8 @@ import numpy as np
 
 import jaxfed
 from jaxfed import part
-from jaxfed.base import Broadcast, Cohort, Selector
+from jaxfed.base import Selector
+from jaxfed.messages import Broadcast, Cohort
 from jaxfed.models.functions import from_functions
 from jaxfed.models.losses import accuracy, cross_entropy
 

@@ -8,7 +8,7 @@ from flax import linen as nn
 
 import jaxfed
 from jaxfed import FedEM
-from jaxfed.base import Broadcast
+from jaxfed.messages import Broadcast
 from jaxfed.models.adapters import from_linen
 from jaxfed.models.functions import from_functions
 from jaxfed.models.losses import accuracy, binary_cross_entropy, cross_entropy

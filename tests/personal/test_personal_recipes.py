@@ -10,8 +10,8 @@ import jaxfed
 from jaxfed import trees
 from jaxfed.algorithms import RECIPES
 from jaxfed.algorithms_personal import PERSONAL_RECIPES
-from jaxfed.base import Broadcast
 from jaxfed.client.gradients import GradientRule
+from jaxfed.messages import Broadcast
 from jaxfed.models.functions import from_functions
 
 EXPLODING, EMPTY = 5, 2

@@ -9,7 +9,7 @@ from personal.personal_loops import assert_trees
 
 import jaxfed
 from jaxfed import Optimizer, PFedMe
-from jaxfed.base import Broadcast
+from jaxfed.messages import Broadcast
 
 STRENGTH, INNER_RATE, INNER_STEPS = 1.5, 0.2, 3
 CLIENT = PFedMe(loops.MODEL, loops.RATE, INNER_RATE, loops.ORDERED, STRENGTH, INNER_STEPS)

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from jaxfed import files
-from jaxfed.base import RunState
+from jaxfed.messages import RunState
 from jaxfed.run import checkpoint
 from jaxfed.run.checkpoint import checkpoints, load_run, newest, save_run
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxfed import files
-from jaxfed.base import RunState
+from jaxfed.messages import RunState
 from jaxfed.run import checkpoint, journal, tables
 from jaxfed.run.checkpoint import Changed, checkpoints, load_run, newest, save_run
 from jaxfed.run.journal import Position, Rows

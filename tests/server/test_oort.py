@@ -10,7 +10,7 @@ from server.selections import draw, fits
 
 import jaxfed
 from jaxfed import Oort
-from jaxfed.base import Cohort
+from jaxfed.messages import Cohort
 
 POPULATION = 40
 

@@ -9,8 +9,8 @@ from server.selections import draw
 
 import jaxfed
 from jaxfed import AdaptivePrivateMean, LocalTraining, PoissonSampling, PrivateGradient, PrivateMean, accounting, dpfedavg
-from jaxfed.base import CohortInfo, Upload
 from jaxfed.client.gradients import as_model
+from jaxfed.messages import CohortInfo, Upload
 
 MANY = 20_000
 

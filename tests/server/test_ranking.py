@@ -8,7 +8,7 @@ from server.selections import DRAWS, Fixed, draw, fits, loss, run, simulation
 
 import jaxfed
 from jaxfed import Composition, Criterion, Oort, Stragglers, Uniform, Weighted
-from jaxfed.base import Cohort
+from jaxfed.messages import Cohort
 from jaxfed.server.selection import highest
 
 

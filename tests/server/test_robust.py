@@ -7,7 +7,7 @@ import pytest
 from server.papers import RULES, norm
 
 from jaxfed import Bulyan, CentredClipping, GeometricMedian, Krum, Mean, Median, NormBound, TrimmedMean
-from jaxfed.base import CohortInfo, Upload
+from jaxfed.messages import CohortInfo, Upload
 
 UNBOUNDED = RULES | {
     "centred clipping": (CentredClipping(1e3), None),

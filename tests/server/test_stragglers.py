@@ -9,7 +9,7 @@ import pytest
 
 import jaxfed
 from jaxfed import Everyone, Selector, Stragglers, Uniform
-from jaxfed.base import Cohort
+from jaxfed.messages import Cohort
 from jaxfed.testing import check_config, check_pytree
 
 COHORT, POPULATION, DRAWS = 10, 30, 2000
