@@ -12,10 +12,10 @@ from jaxfed import checks
 def less_is_better(metric: str) -> bool:
     """Whether a metric falls as a model improves, by its name: a loss or an error, also as :meth:`Evaluation.row` derives it.
 
-    >>> less_is_better("loss_worst_decile"), less_is_better("accuracy")
-    (True, False)
+    >>> less_is_better("loss_worst_decile"), less_is_better("rmse"), less_is_better("accuracy")
+    (True, True, False)
     """
-    return metric.removesuffix("_client_mean").removesuffix("_worst_decile").endswith(("loss", "error"))
+    return metric.removesuffix("_client_mean").removesuffix("_worst_decile").endswith(("loss", "error", "mse", "mae"))
 
 
 @dataclasses.dataclass
