@@ -1,5 +1,6 @@
 """Selections by what is known of clients: weights, what they reported, several rules one after another."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -128,7 +129,7 @@ class Composition(Selector):
     """
 
     name = "composition"
-    selectors: tuple[Ranked, ...] = part.parts("selector")
+    selectors: tuple[Ranked, ...] = part.parts("selector", default=dataclasses.MISSING)
 
     def check(self) -> None:
         """Only what ranks clients can be told who is left.
