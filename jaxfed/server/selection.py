@@ -109,7 +109,7 @@ class PoissonSampling(Selector):
     Example:
         >>> cohort = PoissonSampling(9, rate=0.5).select((), jax.random.key(0), jnp.array(0), 10)
         >>> print(cohort.valid.sum())
-        4
+        6
     """
 
     name = "poisson"
