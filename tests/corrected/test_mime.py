@@ -117,8 +117,8 @@ def test_svrg_needs_a_survey():
 
 def test_a_survey_asks_plain_local_training():
     training = LocalTraining(parabola, 0.1, Steps(1))
-    with pytest.raises(TypeError, match="expected LocalTraining, got PFedMe"):
-        Algorithm(jaxfed.PFedMe(training), 1.0, Mean(), FullGradient())
+    with pytest.raises(TypeError, match="expected LocalTraining, got APFL"):
+        Algorithm(jaxfed.APFL(training), 1.0, Mean(), FullGradient())
     # Fine-tuning trains the global model in that way.
     assert Algorithm(jaxfed.Finetuned(training), 1.0, Mean(), FullGradient()).survey == FullGradient()
 
