@@ -128,7 +128,7 @@ class Asynchronous(Selector):
         carry = (training, free, state.clock, cohort)
         training, _, clock, cohort = jax.lax.fori_loop(0, self.buffer, crowd.arrive, carry)
         # Where nobody trains that could finish, time goes on.
-        clock = jnp.where(cohort.valid.any() | (training.ids < population).any(), clock, clock + self.seconds.max())
+        clock = jnp.where((cohort.ids < population).any(), clock, clock + self.seconds.max())
         # The server's step comes with the last upload.
         began = jnp.where(training.start == clock, round + 1, training.began)
         return cohort._replace(memo=(training._replace(began=began), clock))

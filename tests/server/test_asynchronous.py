@@ -208,6 +208,15 @@ def test_what_does_not_fit_is_refused(make, text):
         make()
 
 
+def test_a_round_in_which_nobody_finishes_leaves_the_model_and_lets_time_pass():
+    trace = Windows(np.full((5, 1), 10.0), np.full((5, 1), 20.0), np.full(5, 30.0))
+    _, history = run(Asynchronous(Uniform(3), 2, SECONDS, trace), rounds=6)
+    # Nobody is there until 10; each of two rounds lasts as long as the slowest client would take.
+    np.testing.assert_allclose(history["clock"][:2], [7.3, 14.6], rtol=1e-6)
+    assert [len(report.clients) for report in history][:2] == [0, 0]
+    assert len(history[2].clients) > 0
+
+
 def test_stragglers_may_do_less_of_what_is_late():
     state, history = run(Stragglers(Asynchronous(Uniform(4), 2, SECONDS), 0.5, epochs=2), rounds=6)
     assert state.past.params["w"].shape == (6,)
