@@ -137,7 +137,7 @@ def draw(figure: Any, results: Results) -> None:
     final.set_xlim(-0.5, len(METHODS) - 0.5)
     way.set_xlabel("round")
     for panel in (way, final):
-        panel.legend(frameon=False, loc="lower right")
+        panel.legend(frameon=False, loc="center right")
         pictures.grid(panel, percent=True)
 
 
