@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from jaxfed import checks
 
@@ -55,6 +56,11 @@ def divide(tree: Tree, number: Scalar) -> Tree:
 def add_scaled(left: Tree, rate: Scalar, right: Tree) -> Tree:
     """``left + rate * right``."""
     return jax.tree.map(lambda x, y: x + cast(rate, x) * y, left, right)
+
+
+def add_noise(tree: Tree, std: Scalar, key: jax.Array) -> Tree:
+    """The tree with independent Gaussian noise of a standard deviation on every entry."""
+    return add_scaled(tree, std, optax.tree.random_like(key, tree, jax.random.normal))
 
 
 def average(decay: Scalar, old: Tree, new: Tree) -> Tree:

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxfed import part, trees
 from jaxfed.base import Model
@@ -68,7 +67,6 @@ class PrivateGradient(GradientRule):
         mask = batch["mask"]
         losses, gradients = jax.vmap(clipped)(batch)
         total = jax.tree.map(lambda x: x.sum(0), trees.where_rows(mask, gradients))
-        noise = optax.tree.random_like(jax.random.fold_in(key, _NOISE), total, jax.random.normal)
-        noisy = trees.add_scaled(total, self.noise_multiplier * self.max_norm, noise)
+        noisy = trees.add_noise(total, self.noise_multiplier * self.max_norm, jax.random.fold_in(key, _NOISE))
         loss = jnp.where(mask, losses, 0).sum() / jnp.maximum(mask.sum(), 1)
         return loss, stats, trees.cast_like(trees.divide(noisy, self.expected), params)

@@ -66,18 +66,20 @@ class Algorithm(Part, kind="algorithm"):
 
 def check_selection(algorithm: Algorithm, selector: Selector) -> None:
     """Raises ValueError if a selector reads what clients do not send, or cannot select for an algorithm."""
-    if missing := [name for name in selector.reads if name not in algorithm.client.measured]:
-        what = f"The selector {selector.name!r} reads the metrics {missing}, which the client does not send"
-        raise ValueError(f"{what}. Build the algorithm with measures={missing}.")
+    _refuse_unmeasured(algorithm.client, selector)
     if selector.versions > 1 and algorithm.survey is not None:
         what = f"The selector {selector.name!r} lets clients begin in other rounds than they end in"
         raise ValueError(f"{what}, but the algorithm asks a whole cohort before its round. Use another algorithm or selector.")
 
 
+def _refuse_unmeasured(client: ClientUpdate, reader: Aggregator | Selector) -> None:
+    if missing := [name for name in reader.reads if name not in client.measured]:
+        what = f"The {reader.kind} {reader.name!r} reads the metrics {missing}, which the client does not send"
+        raise ValueError(f"{what}. Build the client with measures={missing}: recipes and LocalTraining take them.")
+
+
 def _refuse_missing(client: ClientUpdate, aggregator: Aggregator, survey: Survey | None) -> None:
-    if missing := [name for name in aggregator.reads if name not in client.measured]:
-        what = f"The aggregator {aggregator.name!r} reads the metrics {missing}, which the client does not send"
-        raise ValueError(f"{what}. Build the client with measures={missing}.")
+    _refuse_unmeasured(client, aggregator)
     if survey is not None:
         survey.check_client(client)
     elif client.needs_survey:

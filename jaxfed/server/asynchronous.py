@@ -12,7 +12,7 @@ from jaxfed.permutation import permute
 from jaxfed.server.aggregators import WeightedAggregator, as_weighting, over_weight
 from jaxfed.server.clock import Availability
 from jaxfed.server.ranking import ranks
-from jaxfed.server.selection import Ranked
+from jaxfed.server.selection import Ranked, places
 
 
 class Training(NamedTuple):
@@ -202,9 +202,8 @@ class _Crowd(NamedTuple):
 def _without_ties(scores: jax.Array, key: jax.Array) -> jax.Array:
     """``[N]`` numbers in the order of the scores; of equal ones, some are higher at random."""
     order = permute(key, jnp.arange(scores.size), scores.size)
-    order = order[jnp.argsort(scores[order])]
-    places = jnp.zeros(scores.size).at[order].set(jnp.arange(scores.size, dtype=float))
-    return jnp.where(scores > -jnp.inf, places, -jnp.inf)
+    ranks = jnp.zeros(scores.size).at[order].set(places(scores[order]).astype(float))
+    return jnp.where(scores > -jnp.inf, ranks, -jnp.inf)
 
 
 class Buffered(WeightedAggregator):

@@ -11,7 +11,7 @@ from jaxfed.base import Selector
 from jaxfed.messages import Cohort
 from jaxfed.part import Part
 from jaxfed.server.ranking import ranks
-from jaxfed.server.selection import Ranked, highest
+from jaxfed.server.selection import Ranked, highest, places
 
 # A backward pass takes about twice as long as a forward one.
 _PASSES = 3.0
@@ -170,9 +170,7 @@ class FirstToFinish(Selector):
         cohort = highest(jnp.where(here, scores, -jnp.inf), self.selector.size, tie_key)
         seconds = self.seconds[cohort.ids]
         stays = cohort.valid & self._online(state.clock + seconds, cohort.ids)
-        order = jnp.argsort(jnp.where(stays, seconds, jnp.inf))
-        place = jnp.zeros(seconds.size, int).at[order].set(jnp.arange(seconds.size))
-        return cohort._replace(valid=stays & (place < self.keep))
+        return cohort._replace(valid=stays & (places(jnp.where(stays, seconds, jnp.inf)) < self.keep))
 
     def observe(self, state: ClockState, cohort: Cohort, metrics: dict[str, jax.Array]) -> ClockState:
         """The clock moves on, and the selection inside learns; it does not hear of clients that were not there."""

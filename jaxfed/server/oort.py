@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxfed import checks, part
 from jaxfed.messages import Cohort
 from jaxfed.server.ranking import ALWAYS
-from jaxfed.server.selection import Ranked
+from jaxfed.server.selection import Ranked, places
 
 # Above every score: who is exploited comes before who is explored, and both before those that fill the cohort.
 _EXPLOITED, _EXPLORED = 3.0, 2.0
@@ -173,19 +173,19 @@ class Oort(Ranked):
         if self.most_picks is None:
             return jnp.zeros(state.picks.size, bool)
         most = int(0.3 * state.picks.size)
-        return (state.picks > self.most_picks) & (_ranks(state.picks) < most)
+        return (state.picks > self.most_picks) & (places(-state.picks) < most)
 
     def _exploited(self, score: jax.Array, count: jax.Array, key: jax.Array) -> jax.Array:
         """``[N]`` who is drawn for its score: ``count`` of those whose score nearly suffices and of the best."""
-        best, places = jax.lax.top_k(score, min(10 * self.size + 1, score.size))
+        best, where = jax.lax.top_k(score, min(10 * self.size + 1, score.size))
         enough = self.cutoff * jnp.take(best, count.astype(int), mode="clip")
-        among_best = jnp.zeros(score.size, bool).at[places].set(jnp.arange(places.size) <= 10 * count)
+        among_best = jnp.zeros(score.size, bool).at[where].set(jnp.arange(where.size) <= 10 * count)
         pool = (score > -jnp.inf) & (among_best | (score >= enough))
         return _drawn(jnp.where(pool, score, -jnp.inf), count, self.size, key)
 
     def _explored(self, prior: jax.Array, count: jax.Array, key: jax.Array) -> jax.Array:
         """``[N]`` who is drawn among the unseen: ``count`` of the ``window`` times as many that promise most."""
-        pool = _ranks(prior) < jnp.floor(self.window * count)
+        pool = places(-prior) < jnp.floor(self.window * count)
         return _drawn(jnp.where(pool, prior, -jnp.inf), count, self.size, key)
 
     def observe(self, state: OortState, cohort: Cohort, metrics: dict[str, jax.Array]) -> OortState:
@@ -223,20 +223,14 @@ class Oort(Ranked):
 def _drawn(scores: jax.Array, count: jax.Array, most: int, key: jax.Array) -> jax.Array:
     """``[N]`` bool: ``count`` of at most ``most`` clients, drawn one after another in proportion to their scores."""
     noisy = jnp.log(scores) + jax.random.gumbel(key, scores.shape)
-    best, places = jax.lax.top_k(jnp.where(scores > 0, noisy, -jnp.inf), most)
-    return jnp.zeros(scores.size, bool).at[places].set((jnp.arange(most) < count) & (best > -jnp.inf))
+    best, where = jax.lax.top_k(jnp.where(scores > 0, noisy, -jnp.inf), most)
+    return jnp.zeros(scores.size, bool).at[where].set((jnp.arange(most) < count) & (best > -jnp.inf))
 
 
 def _of_sorted(values: jax.Array, share: jax.Array | float, count: jax.Array | int) -> jax.Array:
     """The value at a share of the way through the ``count`` smallest, in their order."""
     place = jnp.minimum(jnp.floor(count * share).astype(int), count - 1)
     return jnp.sort(values)[place]
-
-
-def _ranks(values: jax.Array) -> jax.Array:
-    """``[N]`` how many are greater, or equal and before."""
-    order = jnp.argsort(values, descending=True, stable=True)
-    return jnp.zeros(values.size, int).at[order].set(jnp.arange(values.size))
 
 
 def _mean(values: jax.Array, where: jax.Array) -> jax.Array:

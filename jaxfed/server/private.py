@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from jaxfed import checks, part, trees
 from jaxfed.base import Aggregator
@@ -15,7 +14,15 @@ from jaxfed.optimizer.clipping import clip
 _SUM, _COUNT = range(2)
 
 
-class PrivateMean(Aggregator):
+class Private(Aggregator, register=False):
+    """What hides single clients by noise, as its ``noise_multiplier`` says."""
+
+    def aggregate(self, updates: Params, weights: jax.Array) -> Params:
+        """The rule on stacked updates (of the first round, where rounds differ), without noise."""
+        return Aggregator.aggregate(self.replace(noise_multiplier=0.0), updates, weights)
+
+
+class PrivateMean(Private):
     r"""The sum of updates that are clipped to a greatest norm, with Gaussian noise, over a fixed number of clients.
 
     .. math::
@@ -54,24 +61,21 @@ class PrivateMean(Aggregator):
 
     def finalize(self, total: Params, state: Any, info: CohortInfo) -> tuple[Params, Any]:
         """Adds noise and divides."""
-        noisy = add_noise(total, self.noise_multiplier * self.max_norm, _key_of(self.name, info, _SUM))
+        noisy = trees.add_noise(total, self.noise_multiplier * self.max_norm, _key_of(self.name, info, _SUM))
         return trees.divide(noisy, self.expected), state
 
-    def aggregate(self, updates: Params, weights: jax.Array) -> Params:
-        """The rule on stacked updates, without noise."""
-        return Aggregator.aggregate(self.replace(noise_multiplier=0.0), updates, weights)
 
-
-class AdaptivePrivateMean(Aggregator):
+class AdaptivePrivateMean(Private):
     r"""As :class:`PrivateMean`, with a greatest norm that follows a quantile of the clients' norms.
 
     .. math::
         C \leftarrow C \, e^{-\eta (b - \gamma)}, \qquad
-        b = \frac{1}{n} \Big( \sum_i [\lVert u_i \rVert_2 \le C] + \mathcal{N}(0, \sigma_b^2) \Big), \qquad
+        b = \frac{1}{2} + \frac{1}{n} \Big( \sum_i \big( [\lVert u_i \rVert_2 \le C] - \tfrac{1}{2} \big)
+        + \mathcal{N}(0, \sigma_b^2) \Big), \qquad
         z_\Delta = \big( z^{-2} - (2 \sigma_b)^{-2} \big)^{-1/2}
 
-    A part of the budget hides the count, so the sum gets a little more noise, :math:`z_\Delta C`; both together are as private
-    as ``z`` alone.
+    A part of the budget hides the count, to which a client adds or takes a half, so the sum gets a little more noise,
+    :math:`z_\Delta C`; both together are as private as ``z`` alone.
 
     Args:
         expected: ``n``.
@@ -120,27 +124,19 @@ class AdaptivePrivateMean(Aggregator):
         return state
 
     def prepare(self, upload: Upload, sent: jax.Array) -> tuple[Params, jax.Array]:
-        """The clipped update, and whether it was short enough."""
+        """The clipped update, and a half if it was short enough, else minus a half."""
         _refuse_what_has_no_noise(self.name, upload)
-        return clip(trees.widen(upload.delta), sent), (trees.norm(upload.delta) <= sent).astype(float)
+        # Of 1 and 0 a client could move the sum by one, which would take twice the noise.
+        return clip(trees.widen(upload.delta), sent), (trees.norm(upload.delta) <= sent).astype(float) - 0.5
 
     def finalize(self, total: tuple[Params, jax.Array], state: jax.Array, info: CohortInfo) -> tuple[Params, jax.Array]:
         """Adds noise to both sums, divides, and moves the norm."""
         update, short = total
-        noisy = add_noise(update, self.sum_multiplier * state, _key_of(self.name, info, _SUM))
+        noisy = trees.add_noise(update, self.sum_multiplier * state, _key_of(self.name, info, _SUM))
         # Without noise on the sum there is no budget to keep, and the count needs none either.
         std = jnp.where(jnp.asarray(self.noise_multiplier) > 0, self.count_std, 0.0)
-        share = add_noise(short, std, _key_of(self.name, info, _COUNT)) / self.expected
+        share = 0.5 + trees.add_noise(short, std, _key_of(self.name, info, _COUNT)) / self.expected
         return trees.divide(noisy, self.expected), state * jnp.exp(-self.rate * (share - self.quantile))
-
-    def aggregate(self, updates: Params, weights: jax.Array) -> Params:
-        """The rule on stacked updates in the first round, without noise."""
-        return Aggregator.aggregate(self.replace(noise_multiplier=0.0), updates, weights)
-
-
-def add_noise(tree: Any, std: Any, key: jax.Array) -> Any:
-    """The tree with independent Gaussian noise of a standard deviation."""
-    return trees.add_scaled(tree, std, optax.tree.random_like(key, tree, jax.random.normal))
 
 
 def _key_of(name: str, info: CohortInfo, stream: int) -> jax.Array:

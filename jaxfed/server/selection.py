@@ -71,8 +71,17 @@ def highest(scores: jax.Array, size: int, key: jax.Array) -> Cohort:
     """
     # The first of equal scores come first, so the order of the clients decides.
     order = permute(key, jnp.arange(scores.size), scores.size)
-    best, places = jax.lax.top_k(jnp.where(jnp.isnan(scores), -jnp.inf, scores)[order], size)
-    return Cohort(order[places], best > -jnp.inf, jnp.ones(size))
+    best, where = jax.lax.top_k(jnp.where(jnp.isnan(scores), -jnp.inf, scores)[order], size)
+    return Cohort(order[where], best > -jnp.inf, jnp.ones(size))
+
+
+def places(values: jax.Array) -> jax.Array:
+    """The place of each value ``[N]`` among them, from the lowest, 0, up; of equal ones the first is lower.
+
+    >>> print(places(jnp.array([3.0, 1.0, 3.0, 2.0])))
+    [2 0 3 1]
+    """
+    return jnp.zeros(values.size, int).at[jnp.argsort(values)].set(jnp.arange(values.size))
 
 
 class Uniform(Ranked):
@@ -128,8 +137,8 @@ class PoissonSampling(Selector):
         """A uniformly random set whose size is binomial."""
         order_key, count_key = jax.random.split(key)
         drawn = jax.random.binomial(count_key, jnp.float32(population), self.rate)
-        places = jnp.arange(self.size)
-        return Cohort(permute(order_key, places, population), places < drawn, jnp.ones(self.size))
+        numbers = jnp.arange(self.size)
+        return Cohort(permute(order_key, numbers, population), numbers < drawn, jnp.ones(self.size))
 
 
 class Stragglers(Selector):
@@ -203,8 +212,7 @@ class Stragglers(Selector):
     def _late(self, key: jax.Array, valid: jax.Array) -> jax.Array:
         """``[C]`` which are late: the first few in a random order that begins with the valid ones."""
         draws = jnp.where(valid, jax.random.uniform(key, valid.shape), 2.0)
-        ranks = jnp.argsort(jnp.argsort(draws))
-        return valid & (ranks < valid.sum() - jnp.round(valid.sum() * (1 - self.share)))
+        return valid & (places(draws) < valid.sum() - jnp.round(valid.sum() * (1 - self.share)))
 
 
 def as_selector(cohort_size: int | None, selector: Any) -> Selector:

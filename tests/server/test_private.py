@@ -77,8 +77,15 @@ def test_the_step_of_a_greatest_norm():
     rule = AdaptivePrivateMean(10, 1.0, 0.0, quantile=0.5, rate=0.2)
     state = rule.init(jnp.zeros(1))
     for step in range(50):
-        _, state = rule.finalize((jnp.zeros(1), jnp.array(3.0)), state, info(step))
+        _, state = rule.finalize((jnp.zeros(1), jnp.array(3.0 - 10 / 2)), state, info(step))
     assert float(state) == pytest.approx(np.exp(2), rel=1e-5)
+
+
+def test_a_client_moves_the_count_by_a_half():
+    """As the split of the budget has it: with 0 and 1 a client that comes could move it by one."""
+    rule = AdaptivePrivateMean(10, max_norm=1.0)
+    moved = [float(rule.prepare(upload(jnp.array([norm])), jnp.array(1.0))[1]) for norm in (0.5, 1.0, 1.5)]
+    assert moved == [0.5, 0.5, -0.5]
 
 
 def test_both_noises_of_an_adaptive_mean_have_their_scales():
@@ -87,8 +94,8 @@ def test_both_noises_of_an_adaptive_mean_have_their_scales():
     gradient, _ = rule.finalize((jnp.zeros(MANY), jnp.zeros(())), jnp.array(2.0), info())
     assert scale_fits(gradient, 1.00503782 * 2.0 / 10)
     keys = jax.random.split(jax.random.key(3), 4000)
-    moved = jax.vmap(lambda key: rule.finalize((jnp.zeros(1), jnp.array(5.0)), 1.0, info()._replace(key=key))[1])(keys)
-    # log C = -(b - 0.5) with b = (5 + N(0, 25)) / 10.
+    moved = jax.vmap(lambda key: rule.finalize((jnp.zeros(1), jnp.array(0.0)), 1.0, info()._replace(key=key))[1])(keys)
+    # log C = -(b - 0.5) with b = 0.5 + N(0, 25) / 10.
     assert scale_fits(np.log(moved), 0.5)
     assert not scale_fits(np.log(moved), 0.55)
 
